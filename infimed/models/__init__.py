@@ -1,0 +1,1 @@
+"""Plain PyTorch: vision tower -> projector -> language model. Knows no trainer and no config."""

@@ -1,0 +1,141 @@
+"""Packed equals unpacked: logits and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from infimed.models.attention import PACKED, attention
+from infimed.models.vlm import InfiMed
+from tests.conftest import IMAGE_ID
+
+LENGTHS = (11, 7, 1, 16)
+TOLERANCE = 2e-6  # worst seen 3e-7 for logits, 5e-7 relative for gradients, float32 on a CPU
+
+
+@dataclass
+class Row:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def where(self) -> dict:
+        return {"position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens, "max_seqlen": int(self.cu_seqlens.diff().max())}
+
+
+def row_of(samples: list[torch.Tensor], pixels: list[torch.Tensor]) -> Row:
+    ids = torch.cat(samples).unsqueeze(0)
+    labels = torch.cat([torch.cat([torch.tensor([-100]), s[1:]]) for s in samples]).unsqueeze(0)
+    labels[ids == IMAGE_ID] = -100
+    positions = torch.cat([torch.arange(len(s)) for s in samples]).unsqueeze(0)
+    cu = torch.tensor([0, *torch.tensor([len(s) for s in samples]).cumsum(0).tolist()], dtype=torch.int32)
+    return Row(ids, labels, torch.cat(pixels), positions, cu)
+
+
+@pytest.fixture
+def parts() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Four samples; the first and the last have an image of 2 x 2 visual tokens, the third is a single token."""
+    samples = [torch.randint(0, IMAGE_ID, (n,)) for n in LENGTHS]
+    pixels = [torch.randint(0, 256, (int(i in (0, 3)), 3, 28, 28), dtype=torch.uint8) for i in range(4)]
+    samples[0][2:6] = IMAGE_ID
+    samples[3][1:5] = IMAGE_ID
+    return samples, pixels
+
+
+def logits(model: InfiMed, row: Row) -> torch.Tensor:
+    return model.language.get_output_embeddings()(model.hidden(row.input_ids, row.pixels, **row.where))[0]
+
+
+def gradients(model: InfiMed, rows: list[Row]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    for row in rows:
+        model(row.input_ids, row.labels, row.pixels, **row.where).total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_logits_of_a_pack_are_those_of_its_samples_alone(make_model, parts):
+    model = make_model().eval()
+    packed = logits(model, row_of(*parts))
+    alone = torch.cat([logits(model, row_of([s], [p])) for s, p in zip(*parts, strict=True)])
+    assert (packed - alone).abs().max() < TOLERANCE
+
+
+def test_gradients_of_a_pack_are_the_sum_of_those_of_its_samples(make_model, parts):
+    model = make_model()
+    packed = gradients(model, [row_of(*parts)])
+    alone = gradients(model, [row_of([s], [p]) for s, p in zip(*parts, strict=True)])
+    assert packed.keys() == alone.keys()
+    assert all(name in packed for name, _ in model.named_parameters())
+    for name, gradient in packed.items():
+        assert (gradient - alone[name]).abs().max() < TOLERANCE * max(1.0, alone[name].abs().max()), name
+
+
+def test_changing_one_sample_leaves_the_logits_of_the_others_untouched(make_model, parts):
+    model = make_model().eval()
+    samples, pixels = parts
+    before = logits(model, row_of(samples, pixels))
+    samples[1] = (samples[1] + 1) % IMAGE_ID
+    after = logits(model, row_of(samples, pixels))
+    changed = (before - after).abs().amax(1) > 0
+    assert changed[11:18].any()
+    assert not changed[:11].any()
+    assert not changed[18:].any()
+
+
+def test_stock_attention_with_a_cache_does_leak_so_that_the_test_above_means_something(make_model, parts):
+    model = make_model().eval()
+    row = row_of(*parts)
+    embeds = model.embed(row.input_ids, row.pixels)
+    with attention(model.language, "sdpa"):
+        stock = model.language(inputs_embeds=embeds, position_ids=row.position_ids, use_cache=True).logits[0]
+    assert model.language.config._attn_implementation == PACKED
+    assert (stock - logits(model, row)).abs().max() > 1e-3
+
+
+def test_packed_attention_refuses_a_mask_instead_of_ignoring_it(make_model, parts):
+    model = make_model()
+    row = row_of(*parts)
+    with pytest.raises(ValueError, match="no mask"):
+        model.language.model(
+            inputs_embeds=model.embed(row.input_ids, row.pixels),
+            attention_mask=torch.ones(1, 1, 35, 35),
+            use_cache=False,
+            cu_seq_lens_q=row.cu_seqlens,
+            max_length_q=16,
+        )
+
+
+def test_packed_attention_without_borders_is_an_error_and_never_one_long_sample(make_model, parts):
+    model = make_model()
+    with pytest.raises(TypeError, match="cu_seq_lens_q"):
+        model.language.model(input_ids=row_of(*parts).input_ids, use_cache=False)
+
+
+def test_mixed_precision_hands_attention_one_dtype_so_that_the_gpu_kernel_is_taken(make_model, parts, monkeypatch):
+    """Under autocast norms give float32 queries and keys beside bfloat16 values; the variable-length kernel takes half precision alone."""
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return plain(query, key, value, **options)
+
+    monkeypatch.setattr("infimed.models.attention.F.scaled_dot_product_attention", spy)
+    row = row_of(*parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        make_model().hidden(row.input_ids, row.pixels, **row.where)
+    assert len(seen) >= 2 * len(LENGTHS)  # two decoder layers
+    assert {torch.float32, torch.bfloat16} not in seen
+
+
+def test_a_row_without_images_keeps_tower_and_projector_in_the_graph(make_model):
+    model = make_model().train()
+    row = row_of([torch.randint(0, IMAGE_ID, (9,))], [torch.empty(0, 3, 28, 28, dtype=torch.uint8)])
+    found = gradients(model, [row])
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    assert all((g == 0).all() for name, g in found.items() if name.startswith(("vision", "projector")))
