@@ -1,0 +1,1 @@
+"""Shards, the global plan and the batches made from it."""
