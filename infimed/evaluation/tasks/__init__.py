@@ -1,0 +1,1 @@
+"""Benchmarks, one a file, all over `contracts.Task`."""
