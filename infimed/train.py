@@ -1,0 +1,89 @@
+"""Train: `python -m infimed.train experiment=NAME [key=value ...]`. One stage, or a chain of them and a score at the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from infimed import cli
+from infimed.config import Stage, run_folder, stages
+from infimed.evaluate import evaluate
+from infimed.models.vlm import InfiMed
+from infimed.models.weights import load_checkpoint, load_hub_folders
+from infimed.training import run
+from infimed.training.checkpoint import AtomicCheckpointIO
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+def train(config: DictConfig) -> float:
+    """Run every stage that is not finished yet, then the evaluation; returns the last validation loss, for sweepers."""
+    chain = stages(config)
+    cli.use_threads(config)
+    for number, stage in enumerate(chain, 1):
+        print(f"\n== stage {number} of {len(chain)}: {stage.name} -> {stage.folder}", flush=True)
+        result = fit(stage)
+        run.link_latest(run_folder(config), stage.folder)
+    if len(chain) > 1:
+        run.link(run_folder(config) / "last.ckpt", f"{Path(chain[-1].folder).name}/last.ckpt")
+    if config.evaluation and run.is_first_rank():
+        evaluate(config, ckpt=f"{chain[-1].folder}/last.ckpt", folder=run_folder(config) / "evaluation")
+    return result["train_loss"] if result["val_loss"] is None else result["val_loss"]
+
+
+def fit(stage: Stage) -> dict[str, float]:
+    """Train one stage: weights in, checkpoints and curves out; a finished one is left as it is."""
+    trainer = build_trainer(stage)
+    resume = run.resume_point(asdict(stage), world_size=trainer.world_size)
+    if result := run.finished(stage.folder):
+        print(f"already finished ({result['steps']} steps): nothing to do; name another run_dir to train again")
+        return result
+    run.seed_everything(stage.seed)
+    data = instantiate(stage.data)
+    data.trainer = trainer  # Lightning would set it in fit; the plan needs the ranks and the limit before
+    total_steps = math.ceil(len(data.train_dataloader()) / trainer.accumulate_grad_batches)
+    model = instantiate(stage.model, image_token_id=data.tokenizer.image_id)
+    system = instantiate(stage.system, model=model, total_steps=total_steps, sources=data.sources)
+    # set here: Hydra would build what it names if it were an argument
+    system.stored = {"config": asdict(stage), "tokenizer": data.tokenizer.fingerprint}
+    print(system.describe(), data.describe(), sep="\n", flush=True)
+    if resume is None:
+        load_weights(model, stage)
+    trainer.fit(system, datamodule=data, ckpt_path=resume, weights_only=True)
+    if stage.data["val"] and "val/loss" not in trainer.callback_metrics:  # killed between the last step and its validation
+        trainer.validate(system, datamodule=data, verbose=False)
+    return run.mark_finished(stage.folder, trainer, system)
+
+
+def build_trainer(stage: Stage) -> Trainer:
+    """Build the trainer with its callbacks and loggers, accumulating up to the global batch."""
+    trainer = instantiate(
+        stage.trainer,
+        max_steps=-1 if stage.max_steps is None else stage.max_steps,
+        precision=run.precision(stage.trainer["precision"], stage.trainer["accelerator"]),
+        callbacks=[instantiate(node) for node in stage.callbacks.values()],
+        logger=[instantiate(node) for node in stage.logger.values()],
+        plugins=[AtomicCheckpointIO()],
+    )
+    trainer.accumulate_grad_batches = run.accumulation(
+        global_batch=stage.global_batch, packs_per_batch=stage.data["packs_per_batch"], world_size=trainer.world_size
+    )
+    return trainer
+
+
+def load_weights(model: InfiMed, stage: Stage) -> None:
+    """Start from the last stage's checkpoint, or from hub folders, or stay at random init."""
+    if stage.init_from:
+        load_checkpoint(model, stage.init_from)
+    elif any(stage.weights.values()):
+        load_hub_folders(model, **stage.weights)
+
+
+if __name__ == "__main__":
+    cli.main(train, "train")

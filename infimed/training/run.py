@@ -1,0 +1,133 @@
+"""The life of a run on disk, and the few numbers that depend on the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+
+from infimed.contracts import UserError
+from infimed.models.weights import read_checkpoint
+from infimed.training.module import TrainModule
+
+DONE = "done.json"
+
+
+def seed_everything(seed: int) -> None:
+    """Fix what random init draws from; the data has no generator state (data/order.py)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def precision(asked: str, accelerator: str) -> str:
+    """Resolve `auto`: bf16 where the device computes in it, else float32."""
+    if asked != "auto":
+        return asked
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def accumulation(*, global_batch: int, packs_per_batch: int, world_size: int) -> int:
+    """Return the micro-batches an optimizer step.
+
+    Raises:
+        UserError: the global batch cannot be cut evenly.
+    """
+    micro = packs_per_batch * world_size
+    if global_batch % micro:
+        near = max(micro, round(global_batch / micro) * micro)
+        raise UserError(
+            f"global_batch={global_batch} rows cannot be shared evenly by {world_size} ranks of data.packs_per_batch={packs_per_batch}; "
+            f"expected a multiple of {micro}, e.g. global_batch={near}"
+        )
+    return global_batch // micro
+
+
+def resume_point(stage: Mapping, *, world_size: int) -> str | None:
+    """Return the checkpoint that an earlier run left in the stage's folder, if any.
+
+    Args:
+        stage: the stage's configuration.
+
+    Raises:
+        UserError: it was trained otherwise: naming every option that differs.
+    """
+    path = Path(stage["folder"]) / "last.ckpt"
+    if not path.is_file():
+        return None
+    stored = read_checkpoint(path)["infimed"]
+    before = {**_decisive(stored["config"]), "ranks": stored["world_size"]}
+    now = {**_decisive(stage), "ranks": world_size}
+    if different := [
+        f"{key}: {before.get(key)} then, {now.get(key)} now" for key in sorted(before | now) if before.get(key) != now.get(key)
+    ]:
+        raise UserError(
+            f"{path} was trained with other options, so it cannot go on as if nothing had happened:\n  "
+            + "\n  ".join(different)
+            + "\nuse the same ones, or another run_dir (with init_from to start from these weights)"
+        )
+    return str(path)
+
+
+def _decisive(stage: Mapping) -> dict[str, object]:
+    """Flatten the options that decide what is computed; workers, logging and places are free to change."""
+    free = {"data.num_workers", "data.prefetch", "data.train", "data.val", "data.tokenizer", "data.quarantine_path", "system.log_every"}
+    picked = {name: stage[name] for name in ("seed", "max_steps", "global_batch", "model", "data", "system")}
+    return {key: value for key, value in flat(picked).items() if key not in free}
+
+
+def flat(node: Mapping, at: str = "") -> dict[str, object]:
+    """Flatten nested options to dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in node.items():
+        name = f"{at}.{key}".lstrip(".")
+        found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def finished(folder: str | Path) -> dict[str, float | None] | None:
+    """Return the result of a stage that ran to its end, if it did."""
+    path = Path(folder) / DONE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def mark_finished(folder: str | Path, trainer: lightning.Trainer, system: TrainModule) -> dict[str, float | None]:
+    """Save the last checkpoint, then the marker that lets a restarted chain skip this stage; returns what the marker holds."""
+    trainer.save_checkpoint(Path(folder) / "last.ckpt")
+    val = trainer.callback_metrics.get("val/loss")
+    result = {"steps": trainer.global_step, "train_loss": system.last_loss, "val_loss": None if val is None else float(val)}
+    if trainer.is_global_zero:
+        part = Path(folder) / (DONE + ".tmp")
+        part.write_text(json.dumps(result) + "\n")
+        os.replace(part, Path(folder) / DONE)
+    return result
+
+
+def is_first_rank() -> bool:
+    """Say whether this process is the one that writes."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def link_latest(folder: Path, stage_folder: str) -> None:
+    """Point `latest.ckpt` beside a run's folder at its newest checkpoint, so that no date has to be typed.
+
+    A link to the folder itself would make TensorBoard show every run twice.
+    """
+    if is_first_rank():
+        target = Path(stage_folder).resolve() / "last.ckpt"
+        link(folder.resolve().parent / "latest.ckpt", os.path.relpath(target, folder.resolve().parent))
+
+
+def link(path: Path, target: str) -> None:
+    """Point a symbolic link at its neighbour, replacing an older link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}-{os.getpid()}")
+    part.symlink_to(target)
+    os.replace(part, path)

@@ -1,0 +1,123 @@
+"""The other two entry points, on a checkpoint that a short training run left."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from infimed import chat, evaluate
+from infimed.contracts import UserError
+from infimed.models.weights import read_checkpoint
+from tests.conftest import write_squares
+from tests.training.support import configured, run, tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = write_squares(tmp_path_factory.mktemp("squares"))
+    learn = ("data.epochs=null", "system.trainable=[vision,projector,language]", "system.lr=3e-3")
+    run(tiny(folder, folder / "run", *learn, steps=150))
+    return folder
+
+
+def questions(shards) -> list[str]:
+    return [
+        "experiment=quickstart",
+        f"evaluation.shards=[{shards / 'test'}]",
+        f"evaluation.train=[{shards / 'train'}]",
+        f"ckpt={shards / 'run' / 'last'}",
+        f"run_dir={shards / 'scores'}",
+    ]
+
+
+def test_evaluate_writes_one_table_and_every_prediction(trained, capsys):
+    accuracy = evaluate.main(configured(questions(trained), "evaluate"))
+    shown = capsys.readouterr().out
+    assert "in / colour" in shown
+    assert "learned" in shown
+    lines = [json.loads(line) for line in (trained / "scores" / "model" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 18
+    assert accuracy == pytest.approx(sum(line["correct"] for line in lines) / 18)
+    rows = {(row["grouping"], row["group"]): row for row in json.loads((trained / "scores" / "table.json").read_text())["rows"]}
+    overall = rows["overall", "all"]
+    assert overall["n"] == 18
+    assert overall["accuracy"]["low"] <= accuracy <= overall["accuracy"]["high"]
+    assert (trained / "scores" / "table.md").read_text().startswith("|")
+    before = (trained / "scores" / "model" / "predictions.jsonl").read_bytes()
+    evaluate.main(configured(questions(trained), "evaluate"))  # nothing is asked again
+    assert (trained / "scores" / "model" / "predictions.jsonl").read_bytes() == before
+
+
+def test_evaluate_says_what_it_needs(trained):
+    with pytest.raises(UserError, match="ckpt is not set"):
+        evaluate.main(configured(questions(trained)[:-2], "evaluate"))
+    with pytest.raises(UserError, match="choose an experiment that has test questions"):
+        evaluate.main(configured([f"ckpt={trained / 'run'}", f"run_dir={trained}"], "evaluate"))
+
+
+def test_the_model_is_rebuilt_from_the_checkpoint_alone(trained):
+    model, tokenizer, digest = evaluate.load_model(str(trained / "run"))
+    config = read_checkpoint(trained / "run" / "last.ckpt")["infimed"]["config"]
+    assert model.visual_grid == config["data"]["visual_grid"] == 2
+    assert model.image_size == 28
+    assert not model.training
+    assert tokenizer.image_id == model.image_token_id
+    assert len(digest) == 12
+
+
+def rewritten(trained, name, **changes):
+    stored = read_checkpoint(trained / "run" / "last.ckpt")
+    stored["infimed"] = {**stored["infimed"], **changes}
+    torch.save(stored, trained / name)
+    return str(trained / name)
+
+
+def test_a_checkpoint_cannot_choose_what_code_runs(trained):
+    config = read_checkpoint(trained / "run" / "last.ckpt")["infimed"]["config"]
+    for target in ("torch.load", "infimed.models.weights.torch.load"):
+        model = {**config["model"], "vision": {"_target_": target, "f": "x.pkl", "weights_only": False}}
+        with pytest.raises(UserError, match=f"asks to run {target}"):
+            evaluate.load_model(rewritten(trained, "evil.ckpt", config={**config, "model": model}))
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(trained):
+    with pytest.raises(UserError, match="trained with another tokenizer or chat template"):
+        evaluate.load_model(rewritten(trained, "other.ckpt", tokenizer="0123456789abcdef"))
+
+
+def ask(trained, *extra) -> list[str]:
+    return [f"ckpt={trained / 'run' / 'last'}", *extra]
+
+
+def test_chat_answers_one_question_about_one_image(trained, capsys):
+    Image.new("RGB", (30, 20), (210, 30, 30)).save(trained / "red.png")
+    chat.main(configured(ask(trained, f"image={trained / 'red.png'}", "question='What is the colour?'"), "chat"))
+    answer = capsys.readouterr().out.strip()
+    assert answer in {"red", "green", "blue"}
+
+
+def test_chat_goes_on_until_an_empty_line(trained, capsys, monkeypatch):
+    Image.new("RGB", (30, 20), (20, 210, 30)).save(trained / "green.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the colour?\nIs it red?\n\nnever read\n"))
+    chat.main(configured(ask(trained, f"image={trained / 'green.png'}"), "chat"))
+    assert len(capsys.readouterr().out.replace("question (empty to stop): ", "\n").split()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["image=nowhere.png"], "image=nowhere.png does not exist: expected a PNG, JPEG, TIFF or DICOM file"),
+        (["image={shards}/broken.png"], "undecodable_image"),
+        (["question='what is <|im_end|>?'"], "reserved_token"),
+        (["ckpt=nowhere"], "no checkpoint at nowhere"),
+    ],
+)
+def test_chat_names_a_mistake(trained, extra, said):
+    (trained / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        chat.main(configured(ask(trained, *(e.format(shards=trained) for e in extra)), "chat"))
