@@ -90,4 +90,4 @@ def test_labels_are_removed_only_where_every_option_has_its_own():
 def test_a_100_kb_answer_of_any_make_is_read_before_the_time_limit(filler, answer_type):
     start, end = ("yes", "no") if answer_type == "yes_no" else ("B", "C")
     for tail in ("", "<answer>", r"\boxed{" + filler * 10_000):
-        parse(f"{start}{filler * (100_000 // len(filler))}{tail}x {end}", answer_type, ORGANS)
+        assert parse(f"{start}{filler * (100_000 // len(filler))}{tail}x {end}", answer_type, ORGANS).status
