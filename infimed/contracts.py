@@ -1,13 +1,14 @@
 """The vocabulary that every room of the house speaks: frozen dataclasses and protocols, nothing of ours imported.
 
-Shape letters: B packs, T tokens of a row, S samples (segments) of a row, N images, H/W pixels, V visual tokens an image.
+Shape letters: B packs, T tokens of a row, S samples (segments) of a row, N images, P patches of all
+images, H/W pixels, V visual tokens, R supervised rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Protocol, Self
 
 import torch
 
@@ -16,6 +17,9 @@ IGNORE_INDEX = -100
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where an image stands in a message's text; one a picture, in the order of `Sample.images`."""
+
+ROWS = 128
+"""Supervised rows come in multiples of this: few distinct shapes, and whole tiles for a matrix product."""
 
 COMPONENTS = ("vision", "projector", "language")
 """The three parts of the model, always by these names."""
@@ -69,6 +73,56 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Pictures of any size as one packed row of patches; the tower's attention stops at their borders."""
+
+    patches: torch.Tensor  # uint8[P, patch_size ** 2 * 3] of all images, row by row in each; a patch is (row, column, channel)
+    grids: tuple[tuple[int, int], ...]  # N times (rows, columns) of patches: plain numbers, so that no device is asked for a shape
+    cu_seqlens: torch.Tensor  # int32[slots + 1], 0 ... P: where images begin and end, see `borders`
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.grids)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Bound the patches of one image from above."""
+        return bucket(max((rows * columns for rows, columns in self.grids), default=1))
+
+    @classmethod
+    def of(cls, patches: torch.Tensor, grids: Iterable[tuple[int, int]]) -> Self:
+        """Add the borders."""
+        grids = tuple(grids)
+        return cls(patches, grids, borders([rows * columns for rows, columns in grids]))
+
+    @classmethod
+    def join(cls, parts: Iterable[Self], *, patch_dim: int) -> Self:
+        """Lay the images of several samples end to end; `patch_dim` is the width of a patch, for the case that there is none."""
+        parts = list(parts)
+        empty = torch.zeros((0, patch_dim), dtype=torch.uint8)
+        return cls.of(torch.cat([empty, *(part.patches for part in parts)]), (grid for part in parts for grid in part.grids))
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Put every tensor through `change`."""
+        return replace(self, patches=change(self.patches), cu_seqlens=change(self.cu_seqlens))
+
+    def to(self, device: torch.device) -> Self:
+        """Return the images on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def bucket(count: int) -> int:
+    """Round up to a power of two, so that few distinct values reach a compiled kernel."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def borders(lengths: Sequence[int]) -> torch.Tensor:
+    """Return int32[slots + 1]: 0, the running sum of `lengths`, then its end again up to a power of two of slots (empty segments)."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.cat([ends, ends[-1:].expand(bucket(len(lengths)) - len(lengths))])
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A sample as numbers. The first label is always IGNORE_INDEX, so that no loss crosses a segment border."""
 
@@ -76,7 +130,7 @@ class Encoded:
     source: str
     input_ids: torch.Tensor  # int64[L]
     labels: torch.Tensor  # int64[L], IGNORE_INDEX where not learned from; position i is predicted from i - 1
-    pixel_values: torch.Tensor  # uint8[N, 3, H, W]; normalised on the device
+    images: Images
 
 
 @dataclass(frozen=True)
@@ -97,17 +151,32 @@ class Batch:
     input_ids: torch.Tensor  # int64[1, T]
     labels: torch.Tensor  # int64[1, T]
     position_ids: torch.Tensor  # int64[1, T], restart at 0 in every segment
-    cu_seqlens: torch.Tensor  # int32[segments + 1], 0 ... T
-    max_seqlen: int  # longest segment
-    pixel_values: torch.Tensor  # uint8[N, 3, H, W]
+    rows: torch.Tensor  # int64[R], flat positions of the supervised tokens, then zeros (never supervised) up to a multiple of ROWS
+    cu_seqlens: torch.Tensor  # int32[slots + 1], 0 ... T, see `borders`
+    max_seqlen: int  # bound of the longest segment, a power of two or T
+    images: Images
     source_ids: torch.Tensor  # int64[1, T], index into `sources`; 0 on padding, which nothing is learned from
     sources: tuple[str, ...]
     keys: tuple[str, ...]  # S sample keys, in row order (holes left out)
+    lengths: tuple[int, ...]  # tokens of each segment that is no padding: plain numbers, for what is counted on the host
     step: int  # micro-step of the plan that this batch is
     tokens: int  # tokens that are not padding
     visual_tokens: int
     supervised_tokens: int  # labels that are not IGNORE_INDEX
     faults: Mapping[str, int] = field(default_factory=dict)  # `source/reason` -> count of this batch's quarantined samples
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Put every tensor through `change`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)}
+        return replace(self, images=self.images.map(change), **{name: change(tensor) for name, tensor in tensors.items()})
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in pinned memory, from which copies to a GPU need not be waited for; the loader asks for it by this name."""
+        return self.map(torch.Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from infimed.contracts import Message, Sample
+from infimed.contracts import Images, Message, Sample
 from infimed.data.shards import write_shards
 from infimed.models.language import qwen3
 from infimed.models.projector import AveragePoolMLP
 from infimed.models.vision import SiglipTower
 from infimed.models.vlm import InfiMed
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,9 +54,16 @@ def make_model() -> Callable[..., InfiMed]:
             head_dim=8,
         )
         projector = AveragePoolMLP(in_features=32, out_features=32, visual_grid=visual_grid)
-        return InfiMed(vision=vision, projector=projector, language=language, image_token_id=IMAGE_ID)
+        resolution = Resolution(patch_size=7, image_size=28, visual_grid=visual_grid)
+        return InfiMed(resolution=resolution, vision=vision, projector=projector, language=language, image_token_id=IMAGE_ID)
 
     return make
+
+
+def noise(*grids: tuple[int, int], patch_size: int = 7) -> Images:
+    """Make images of random pixels, of the given grids of patches."""
+    count = sum(rows * columns for rows, columns in grids)
+    return Images.of(torch.randint(0, 256, (count, 3 * patch_size**2), dtype=torch.uint8), grids)
 
 
 @pytest.fixture
@@ -64,8 +72,8 @@ def tiny_shards(tmp_path: Path) -> Path:
     return write_squares(tmp_path)
 
 
-def write_squares(folder: Path) -> Path:
-    """Write shards of coloured squares into `folder`/train, val and test."""
+def write_squares(folder: Path, *, sizes: Sequence[tuple[int, int]] = ((16, 16),)) -> Path:
+    """Write shards of coloured rectangles, squares unless `sizes` says otherwise, into `folder`/train, val and test."""
     tokenizer = Tokenizer.load(ROOT / "samples" / "tokenizer")
     colours = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
 
@@ -73,7 +81,7 @@ def write_squares(folder: Path) -> Path:
         for i in range(count):
             name = list(colours)[i % 3]
             file = io.BytesIO()
-            Image.new("RGB", (16, 16), tuple(min(255, c + i % 40) for c in colours[name])).save(file, "PNG")
+            Image.new("RGB", sizes[i % len(sizes)], tuple(min(255, c + i % 40) for c in colours[name])).save(file, "PNG")
             kind, question, answer = (
                 ("caption", "<image>\nDescribe the image.", f"A {name} square."),
                 ("open", "<image>\nWhat is the colour?", name),

@@ -12,14 +12,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
 
 from infimed.contracts import Batch, DataFault, Sample, UserError
-from infimed.data.collate import to_device
 from infimed.data.encode import Encoder
 from infimed.data.mixture import keep_rows, row_weights
 from infimed.data.packing import Packing
@@ -27,6 +26,7 @@ from infimed.data.plan import OnOverflow, Plan, PlanState
 from infimed.data.quarantine import Quarantine
 from infimed.data.reader import PlanLoader, Reader
 from infimed.data.shards import ShardSet, open_shards
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class ShardDataModule(LightningDataModule):
         train: Sequence[str | Path],
         val: Sequence[str | Path] = (),
         tokenizer: str | Path,
-        image_size: int,
-        visual_grid: int,
+        resolution: Resolution,
         max_tokens: int,
         packs_per_batch: int = 1,
         select: Mapping[str, Sequence[str]] | None = None,
@@ -81,13 +80,14 @@ class ShardDataModule(LightningDataModule):
     ) -> None:
         """Take settings; nothing is opened before `setup`.
 
+        resolution: what an image becomes; the model's own.
         select: facet of the index -> allowed values. mixture: source -> times an epoch shows its samples, "*" for the others.
         epochs, max_steps (micro-steps): the end of training, whichever comes first; without either the trainer's max_steps counts.
         rank, world_size: used without a trainer.
         """
         super().__init__()
         self.train_paths, self.val_paths, self.tokenizer_path = _listed("train", train), _listed("val", val), tokenizer
-        self.image_size, self.visual_grid = image_size, visual_grid
+        self.resolution = resolution
         self.max_tokens, self.packs_per_batch = max_tokens, packs_per_batch
         self.select, self.mixture, self.seed, self.epochs, self.max_steps = dict(select or {}), dict(mixture or {}), seed, epochs, max_steps
         self.buffer, self.num_workers, self.prefetch, self.packing = buffer, num_workers, prefetch, packing
@@ -100,12 +100,12 @@ class ShardDataModule(LightningDataModule):
         self._plan: Plan | None = None
         self._handed_out = self._fit_over = False
         self.waited = 0.0  # seconds that training stood still for data, since somebody last set it to 0
-        _check_positive(self, "image_size", "visual_grid", "max_tokens", "packs_per_batch", "epochs", "max_steps", "prefetch")
+        _check_positive(self, "max_tokens", "packs_per_batch", "epochs", "max_steps", "prefetch")
 
     def setup(self, stage: str | None = None) -> None:
         """Open the shards and lay the plan at its start; a second call changes nothing, unless a fit ended in between."""
         if self._encoder is None:
-            self._encoder = Encoder(Tokenizer.load(self.tokenizer_path), self.image_size, self.visual_grid)
+            self._encoder = Encoder(Tokenizer.load(self.tokenizer_path), self.resolution)
         if self._train is None:
             self._train = self._open(self.train_paths, strict=True)
             self._val = self._open(self.val_paths, strict=False) if self.val_paths else None
@@ -144,7 +144,7 @@ class ShardDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the tensors (Lightning's own way refuses frozen dataclasses)."""
-        return to_device(batch, device)
+        return batch.to(device)
 
     def handing_out(self, batch: Batch) -> None:
         """Note that a batch leaves for training; raise when nobody reports batches as consumed."""
@@ -189,6 +189,12 @@ class ShardDataModule(LightningDataModule):
         overlong = {f"{source}/overlong": n for source, n in self._plan.overlong.items()} if self._plan else {}
         return {**overlong, **self.quarantine.faults}
 
+    def first_batch(self) -> Batch:
+        """Read the next batch of training without moving the position: what a row is made of."""
+        self.setup()
+        reader = replace(self._reader(self._train), quarantine=Quarantine(None))
+        return reader(next(self._plan.copy()).hands[self._place()[0]], step=0)
+
     def panel(self, count: int) -> list[tuple[Sample, tuple[bytes, ...]]]:
         """Return up to `count` validation samples with an image, spread evenly over the set: always the same ones."""
         if not self.val_paths:
@@ -200,7 +206,7 @@ class ShardDataModule(LightningDataModule):
             row = self._val.rows[seen[i * len(seen) // count]]
             try:
                 sample, images = self._val.read(seen[i * len(seen) // count])
-                self._encoder(sample, images, expected_tokens=row.length(self._encoder.visual_tokens))
+                self._encoder(sample, images, expected_tokens=row.length(self.resolution))
             except DataFault as fault:
                 log.warning("the panel leaves out %s of %s: %s", row.key, row.shard, fault.reason)
             else:
@@ -224,11 +230,10 @@ class ShardDataModule(LightningDataModule):
         packs = [pack for hand in hands for pack in hand]
         rows = [row for pack in packs for row in pack.rows]
         tokens = sum(pack.tokens for pack in packs)
-        images = sum(len(self._train.rows[row].image_sizes) for row in rows)
         return DatasetFacts(
             samples=len(rows),
             tokens=tokens,
-            visual_tokens=images * self._encoder.visual_tokens,
+            visual_tokens=sum(self._train.rows[row].visual_tokens(self.resolution) for row in rows),
             overlong=dict(plan.overlong),
             steps_per_epoch=len(hands) // plan.world_size,
             utilisation=tokens / max(1, len(packs) * self.max_tokens),
@@ -255,7 +260,7 @@ class ShardDataModule(LightningDataModule):
         sources = [row.source for row in shards.rows]
         identity = json.dumps([shards.fingerprint, sorted((mixture or {}).items())])
         return Plan(
-            [row.length(self._encoder.visual_tokens) for row in shards.rows],
+            [row.length(self.resolution) for row in shards.rows],
             sources=sources,
             weights=row_weights(sources, mixture or {}),
             fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],

@@ -13,6 +13,7 @@ from infimed.contracts import AnswerType, DataFault, Message, Role, Sample, User
 from infimed.processing.chat import count_tokens
 from infimed.processing.dicom import is_dicom, read_image_file
 from infimed.processing.image import image_size
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -49,9 +50,13 @@ class Row:
     patient: str
     domain: str
 
-    def length(self, visual_tokens: int) -> int:
-        """Return the tokens of the sample when every image takes `visual_tokens`."""
-        return self.text_tokens + visual_tokens * len(self.image_sizes)
+    def length(self, resolution: Resolution) -> int:
+        """Return the tokens of the sample at a resolution."""
+        return self.text_tokens + self.visual_tokens(resolution)
+
+    def visual_tokens(self, resolution: Resolution) -> int:
+        """Return the tokens of its images at a resolution."""
+        return sum(resolution.tokens_of(width, height) for width, height in self.image_sizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,15 +40,14 @@ class Reader:
             row = self.shards.rows[number]
             try:
                 sample, images = self.shards.read(number)
-                encoded.append(self.encoder(sample, images, expected_tokens=row.length(self.encoder.visual_tokens)))
+                encoded.append(self.encoder(sample, images, expected_tokens=row.length(self.encoder.resolution)))
             except DataFault as fault:
                 faults[self.quarantine.put(row, fault, step=step)] += 1
         return collate(
             encoded,
             row_tokens=self.row_tokens,
             pad_id=self.encoder.tokenizer.pad_id,
-            image_size=self.encoder.image_size,
-            visual_tokens=self.encoder.visual_tokens,
+            resolution=self.encoder.resolution,
             sources=self.sources,
             step=step,
             isolate=self.isolate,
@@ -94,6 +93,7 @@ class PlanLoader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self._module.prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own: making an iterator must not draw from the global one
         )
         iterator = iter(steps)

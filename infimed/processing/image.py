@@ -1,4 +1,4 @@
-"""Encoded pictures to what the vision tower reads: decode, turn upright, resize to its square, normalise.
+"""Encoded pictures to what the vision tower reads: decode, turn upright, resize, cut into patches, normalise.
 
 Choices, each ours: 16-bit and float grey is stretched from its own darkest to its own brightest value (12-bit X-rays in 16-bit
 files would be black otherwise); transparency is laid over white, the page that figures are drawn for; of an animation the first
@@ -8,13 +8,16 @@ picture counts.
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from infimed.contracts import DataFault
+from infimed.contracts import DataFault, Images
+from infimed.processing.resolution import Resolution
 
 MAX_PIXELS = 50_000_000
 """Default limit on width x height, looked at before a single pixel is decoded: a 50 kB file can claim gigabytes."""
@@ -55,30 +58,56 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (image.height, image.width) if is_turned else (image.width, image.height)
 
 
-def resize_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize to the tower's square with an antialiased bicubic, aspect ratio given up (the paper's plain mode).
+def to_images(pictures: Sequence[torch.Tensor], resolution: Resolution) -> Images:
+    """Resize pictures uint8[3, H, W] and cut them into patches. Raises: DataFault(image_aspect)."""
+    patches, grids = [], []
+    for picture in pictures:
+        height, width = picture.shape[1:]
+        resolution.refuse(width, height)
+        # SigLIP's processor resizes squares with a bicubic; that of `lfm2_vl`, in which any-aspect models are exported, bilinearly
+        how = Image.Resampling.BICUBIC if resolution.image_size is not None else Image.Resampling.BILINEAR
+        patches.append(patchify(resize(picture, *resolution.size(width, height), how), resolution.patch_size))
+        grids.append(resolution.grid(width, height))
+    return Images.of(torch.cat([torch.zeros((0, resolution.patch_size**2 * 3), dtype=torch.uint8), *patches]), grids)
 
-    image: uint8[3, H, W]. Returns: uint8[3, size, size], equal to transformers' SigLIP processor on Pillow.
+
+def resize(image: torch.Tensor, height: int, width: int, how: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
+    """Resize with antialiasing.
+
+    image: uint8[3, H, W]. Returns: uint8[3, height, width], equal to transformers' SigLIP processor on Pillow.
     """
     # Not torch's own antialiased resize, though it is five times faster: both work in two passes with a clamp between, and Pillow 13
     # takes the vertical one first where it is cheaper. On tall pictures with sharp edges the two are up to 22/255 apart.
-    if image.shape[1:] == (size, size):
+    if image.shape[1:] == (height, width):
         return image.contiguous()
     is_grey = torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])  # most of radiology: a third of the work
     source = image[0] if is_grey else image.permute(1, 2, 0)
-    resized = Image.fromarray(source.contiguous().numpy()).resize((size, size), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(source.contiguous().numpy()).resize((width, height), how)
     pixels = torch.from_numpy(np.array(resized))
-    return pixels.expand(3, size, size).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
+    return pixels.expand(3, height, width).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
+
+
+def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut uint8[3, H, W] into patches uint8[rows * columns, patch_size ** 2 * 3], row by row; what is left at the edges falls away.
+
+    Inside a patch the order is (row, column, channel), that of SigLIP2's processor.
+    """
+    rows, columns = (side // patch_size for side in image.shape[1:])
+    whole = image[:, : rows * patch_size, : columns * patch_size]
+    blocks = whole.reshape(3, rows, patch_size, columns, patch_size).permute(1, 3, 2, 4, 0)
+    return blocks.reshape(rows * columns, patch_size**2 * 3)
+
+
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Put the patches of one image together again: uint8[3, H, W]."""
+    rows, columns = grid
+    side = math.isqrt(patches.shape[1] // 3)
+    return patches.reshape(rows, columns, side, side, 3).permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """Map uint8[..., 3, H, W] to float32 in [-1, 1]: SigLIP's mean 0.5 and standard deviation 0.5."""
+    """Map uint8 of any shape to float32 in [-1, 1]: SigLIP's mean 0.5 and standard deviation 0.5."""
     return pixels.to(torch.float32) / 127.5 - 1.0
-
-
-def num_visual_tokens(visual_grid: int) -> int:
-    """Count the tokens that one image takes among the text: the projector pools its patches to visual_grid x visual_grid."""
-    return visual_grid**2
 
 
 def _open(data: bytes) -> Image.Image:

@@ -33,7 +33,10 @@ QWEN3_ADDED = (
 QWEN3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # one digit a token
 )
-_REQUIRED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+THINK_TOKENS = ("<think>", "</think>")
+"""Appended too where they are missing, as in SmolLM2's tokenizer; there the embedding needs more rows (`causal_lm(vocab_size=...)`)."""
+
+_REQUIRED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 class Tokenizer:
@@ -42,6 +45,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, fingerprint: str) -> None:
         """Wrap `backend`, to which the image tokens are added when it has none; `load` is the usual way in."""
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in IMAGE_TOKENS])
+        missing = [token for token in THINK_TOKENS if backend.token_to_id(token) is None]
+        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
         self._backend = backend
         self._reserved = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
         self.fingerprint = fingerprint
@@ -64,7 +69,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception on a malformed file
             raise UserError(f"tokenizer: {file} is not a tokenizer.json ({error}); {fix}") from error
         if missing := [token for token in _REQUIRED if backend.token_to_id(token) is None]:
-            raise UserError(f"tokenizer: {file} lacks {', '.join(missing)}, expected Qwen3's special tokens; {fix}")
+            raise UserError(f"tokenizer: {file} lacks {', '.join(missing)}, expected ChatML's special tokens; {fix}")
         return cls(backend, fingerprint=_fingerprint(content))
 
     def id_of(self, token: str) -> int:

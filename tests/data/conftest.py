@@ -10,7 +10,10 @@ from sample_factory import WORDS, mixed
 
 from infimed.data.datamodule import ShardDataModule
 from infimed.data.shards import write_shards
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer, train_tokenizer
+
+RESOLUTION = Resolution(patch_size=4, image_size=16, visual_grid=2)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +41,7 @@ def make_module(shards_path: Path, tokenizer_path: Path) -> Callable[..., ShardD
     """Build a data module over the sixty samples; keyword arguments override."""
 
     def make(**changes: object) -> ShardDataModule:
-        settings = {"train": [shards_path], "tokenizer": tokenizer_path, "image_size": 16, "visual_grid": 2}
+        settings = {"train": [shards_path], "tokenizer": tokenizer_path, "resolution": RESOLUTION}
         return ShardDataModule(**{**settings, "max_tokens": 80, "packs_per_batch": 2, "epochs": 1, "seed": 7, **changes})
 
     return make

@@ -15,8 +15,8 @@ from infimed.data.shards import open_shards
 
 
 def as_bytes(batch) -> tuple:
-    tensors = [value.numpy().tobytes() for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    return (*tensors, batch.keys, batch.step, batch.tokens, batch.supervised_tokens)
+    tensors = [value.numpy().tobytes() for value in (*vars(batch).values(), batch.images.patches) if isinstance(value, torch.Tensor)]
+    return (*tensors, batch.images.grids, batch.keys, batch.step, batch.tokens, batch.supervised_tokens)
 
 
 def keys(batches) -> Counter:
@@ -34,8 +34,9 @@ def test_ranks_share_an_epoch_in_equal_steps(make_module, ranks):
     loaders = [make_module(rank=rank, world_size=ranks).train_dataloader() for rank in range(ranks)]
     streams = [list(loader) for loader in loaders]
     assert {len(stream) for stream in streams} == {len(loader) for loader in loaders} == {len(streams[0])}
-    rows = open_shards(make_module().train_paths).rows
-    assert sum((keys(stream) for stream in streams), Counter()) == Counter(row.key for row in rows if row.length(4) <= 80)
+    module = make_module()
+    fitting = Counter(row.key for row in open_shards(module.train_paths).rows if row.length(module.resolution) <= 80)
+    assert sum((keys(stream) for stream in streams), Counter()) == fitting
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(0, 1), (1, 2), (5, 0)])

@@ -16,6 +16,7 @@ from infimed.contracts import DataFault, UserError
 from infimed.data.index import index_path, sample_from_json, sample_to_json
 from infimed.data.shards import open_shards, reindex, verify, write_shards
 from infimed.processing.chat import count_tokens
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -44,7 +45,7 @@ def test_what_was_written_is_read_back_in_order(shards_path, tokenizer):
     assert [shards.read(i) for i in range(len(shards))] == [(sample, tuple(images)) for sample, images in mixed(60)]
     assert [row.text_tokens for row in shards.rows] == [count_tokens(sample.messages, tokenizer) for sample, _ in mixed(60)]
     assert shards.rows[2].image_sizes == ((8, 8), (8, 8))
-    assert shards.rows[2].length(9) == shards.rows[2].text_tokens + 18
+    assert shards.rows[2].length(Resolution(patch_size=4, image_size=16, visual_grid=3)) == shards.rows[2].text_tokens + 18
     assert shards.sources == ("alpha", "beta", "gamma")
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config, SiglipVisionConfig, SiglipVisionModel
 
+from infimed.contracts import Images
+from infimed.processing.image import patchify
 from tests.conftest import IMAGE_ID
 
 TOLERANCE = 1e-6  # worst seen 0 for tower and whole, float32 on a CPU
@@ -27,6 +29,10 @@ def pixels(count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 28, 28), dtype=torch.uint8)
 
 
+def patches_of(pictures: torch.Tensor) -> Images:
+    return Images.of(torch.cat([patchify(picture, 7) for picture in pictures]), [(4, 4)] * len(pictures))
+
+
 @pytest.mark.parametrize("feature_layer", [-1, -2, -3])
 def test_the_tower_reads_the_same_hidden_state_as_transformers(make_model, feature_layer):
     stock = SiglipVisionModel(tower_config()).eval()
@@ -38,24 +44,7 @@ def test_the_tower_reads_the_same_hidden_state_as_transformers(make_model, featu
     expected = stock(image.float() / 127.5 - 1, output_hidden_states=True).hidden_states[feature_layer]
     if feature_layer == -1:  # transformers 5 gives the last one after no norm either
         expected = stock.encoder(inputs_embeds=stock.embeddings(image.float() / 127.5 - 1)).last_hidden_state
-    assert (ours(image) - expected).abs().max() < TOLERANCE
-
-
-def test_pooling_to_the_full_grid_is_the_identity_and_to_a_smaller_one_the_mean_of_blocks(make_model):
-    full, half = make_model(visual_grid=4).projector, make_model(visual_grid=2).projector
-    half.load_state_dict(full.state_dict())  # the same weights at any grid
-    patches = torch.randn(1, 16, 32)
-    blocks = patches.reshape(1, 2, 2, 2, 2, 32).mean(dim=(2, 4)).reshape(1, 4, 32)
-    assert (half(patches) - full.linear_2(torch.nn.functional.gelu(full.linear_1(blocks)))).abs().max() < TOLERANCE
-    assert (full(patches) - full.linear_2(torch.nn.functional.gelu(full.linear_1(patches)))).abs().max() == 0
-
-
-def test_a_published_grid_that_does_not_divide_pools_like_torch(make_model):
-    projector = make_model(visual_grid=3).projector
-    patches = torch.randn(2, 16, 32)
-    pooled = torch.nn.functional.adaptive_avg_pool2d(patches.transpose(1, 2).reshape(2, 32, 4, 4), 3).flatten(2).transpose(1, 2)
-    expected = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(pooled)))
-    assert (projector(patches) - expected).abs().max() < TOLERANCE
+    assert (ours(patches_of(image)) - expected.flatten(0, 1)).abs().max() < TOLERANCE
 
 
 def test_the_whole_model_equals_stock_llava_with_a_qwen3_decoder(make_model):
@@ -89,7 +78,11 @@ def test_the_whole_model_equals_stock_llava_with_a_qwen3_decoder(make_model):
     ids[0, 3:19] = IMAGE_ID
     image = pixels(1)
     hidden = ours.hidden(
-        ids, image, position_ids=torch.arange(24).unsqueeze(0), cu_seqlens=torch.tensor([0, 24], dtype=torch.int32), max_seqlen=24
+        ids,
+        patches_of(image),
+        position_ids=torch.arange(24).unsqueeze(0),
+        cu_seqlens=torch.tensor([0, 24], dtype=torch.int32),
+        max_seqlen=24,
     )
     expected = stock(input_ids=ids, pixel_values=image.float() / 127.5 - 1, attention_mask=torch.ones_like(ids)).logits
     assert (ours.language.lm_head(hidden) - expected).abs().max() < TOLERANCE

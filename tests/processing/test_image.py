@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageOps
 
 from infimed.contracts import DataFault
-from infimed.processing.image import decode_image, image_size, normalise, num_visual_tokens, resize_square
+from infimed.processing.image import decode_image, image_size, normalise, patchify, resize, to_images, unpatchify
+from infimed.processing.resolution import Resolution
 
 
 def _noise(height: int, width: int, *, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -183,7 +184,7 @@ def test_resize_and_normalise_equal_the_siglip_processor(shape, channels):
     for size in (384, 168):
         processor = SiglipImageProcessorPil(size={"height": size, "width": size})
         expected = torch.from_numpy(processor(Image.fromarray(pixels))["pixel_values"][0])
-        resized = resize_square(image, size)
+        resized = resize(image, size, size)
         assert resized.shape == (3, size, size)
         assert resized.dtype == torch.uint8
         assert resized.is_contiguous()
@@ -205,6 +206,29 @@ def test_normalise_takes_any_leading_shape():
     assert normalise(torch.zeros(2, 5, 3, 4, 4, dtype=torch.uint8)).shape == (2, 5, 3, 4, 4)
 
 
-@pytest.mark.parametrize(("grid", "tokens"), [(1, 1), (12, 144), (27, 729)])
-def test_visual_tokens_are_the_square_of_the_grid(grid, tokens):
-    assert num_visual_tokens(grid) == tokens
+def test_patches_are_cut_row_by_row_and_put_together_again():
+    image = torch.from_numpy(_noise(13, 22)).permute(2, 0, 1)  # 3 x 5 patches of 4, an edge left over
+    patches = patchify(image, 4)
+    assert patches.shape == (15, 48)
+    assert torch.equal(patches[7].reshape(4, 4, 3), image[:, 4:8, 8:12].permute(1, 2, 0))
+    assert torch.equal(unpatchify(patches, (3, 5)), image[:, :12, :20])
+
+
+@pytest.mark.parametrize("shape", [(37, 90), (256, 256), (300, 1100), (20, 30)])
+def test_patches_of_any_aspect_equal_those_of_the_siglip2_processor(shape):
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    pixels = _noise(*shape)
+    resolution = Resolution(patch_size=16, pool=2, min_visual_tokens=4, max_visual_tokens=64)
+    images = to_images([torch.from_numpy(pixels).permute(2, 0, 1)], resolution)
+    height, width = resolution.size(shape[1], shape[0])
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)  # its own choice of size is another one
+    processor = Siglip2ImageProcessorPil(do_resize=False, max_num_patches=256)
+    expected = processor(resized, max_num_patches=images.patches.shape[0])
+    assert images.grids == (tuple(map(int, expected["spatial_shapes"][0])),)
+    assert (normalise(images.patches) - torch.as_tensor(expected["pixel_values"][0])).abs().max() < 1e-6
+
+
+def test_a_picture_that_is_a_thread_is_refused():
+    with pytest.raises(DataFault, match="image_aspect: 20000 x 1 pixels"):
+        to_images([torch.zeros(3, 1, 20_000, dtype=torch.uint8)], Resolution(patch_size=14, image_size=384, visual_grid=27))

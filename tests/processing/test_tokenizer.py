@@ -106,8 +106,14 @@ def test_load_explains_a_missing_a_malformed_and_a_foreign_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(UserError, match="lacks <think>"):
-        Tokenizer.load(_saved(tmp_path / "foreign.json", drop=("<think>",)))
+    with pytest.raises(UserError, match=r"lacks <\|im_end\|>"):
+        Tokenizer.load(_saved(tmp_path / "foreign.json", drop=("<|im_end|>",)))
+
+
+def test_think_tokens_that_a_chatml_tokenizer_lacks_are_added_behind_the_image_tokens(tmp_path):
+    tokenizer = Tokenizer.load(_saved(tmp_path / "smol.json", drop=("<think>", "</think>")))
+    assert tokenizer.image_id < tokenizer.think_id == tokenizer.vocab_size - 2
+    assert tokenizer.think_end_id == tokenizer.vocab_size - 1
 
 
 def test_qwen3s_image_tokens_land_in_its_spare_rows(qwen3):
