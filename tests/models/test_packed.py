@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from infimed.contracts import Images
 from infimed.models.attention import PACKED, attention
 from infimed.models.vlm import InfiMed
-from tests.conftest import IMAGE_ID
+from tests.conftest import IMAGE_ID, noise
 
 LENGTHS = (11, 7, 1, 16)
 TOLERANCE = 2e-6  # worst seen 5e-8 for logits, 2.4e-7 for gradients, float32 on a CPU
@@ -19,7 +20,7 @@ TOLERANCE = 2e-6  # worst seen 5e-8 for logits, 2.4e-7 for gradients, float32 on
 class Row:
     input_ids: torch.Tensor
     labels: torch.Tensor
-    pixels: torch.Tensor
+    images: Images
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
 
@@ -28,33 +29,33 @@ class Row:
         return {"position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens, "max_seqlen": int(self.cu_seqlens.diff().max())}
 
 
-def row_of(samples: list[torch.Tensor], pixels: list[torch.Tensor]) -> Row:
+def row_of(samples: list[torch.Tensor], images: list[Images]) -> Row:
     ids = torch.cat(samples).unsqueeze(0)
     labels = torch.cat([torch.cat([torch.tensor([-100]), s[1:]]) for s in samples]).unsqueeze(0)
     labels[ids == IMAGE_ID] = -100
     positions = torch.cat([torch.arange(len(s)) for s in samples]).unsqueeze(0)
     cu = torch.tensor([0, *torch.tensor([len(s) for s in samples]).cumsum(0).tolist()], dtype=torch.int32)
-    return Row(ids, labels, torch.cat(pixels), positions, cu)
+    return Row(ids, labels, Images.join(images, patch_dim=147), positions, cu)
 
 
 @pytest.fixture
-def parts() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def parts() -> tuple[list[torch.Tensor], list[Images]]:
     """Four samples; the first and the last have an image of 2 x 2 visual tokens, the third is a single token."""
     samples = [torch.randint(0, IMAGE_ID, (n,)) for n in LENGTHS]
-    pixels = [torch.randint(0, 256, (int(i in (0, 3)), 3, 28, 28), dtype=torch.uint8) for i in range(4)]
+    images = [noise(*[(4, 4)] * (i in (0, 3))) for i in range(4)]
     samples[0][2:6] = IMAGE_ID
     samples[3][1:5] = IMAGE_ID
-    return samples, pixels
+    return samples, images
 
 
 def logits(model: InfiMed, row: Row) -> torch.Tensor:
-    return model.language.get_output_embeddings()(model.hidden(row.input_ids, row.pixels, **row.where))[0]
+    return model.language.get_output_embeddings()(model.hidden(row.input_ids, row.images, **row.where))[0]
 
 
 def gradients(model: InfiMed, rows: list[Row]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for row in rows:
-        model(row.input_ids, row.labels, row.pixels, **row.where).total.backward()
+        model(row.input_ids, row.labels, row.images, **row.where).total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -77,10 +78,10 @@ def test_gradients_of_a_pack_are_the_sum_of_those_of_its_samples(make_model, par
 
 def test_changing_one_sample_leaves_the_logits_of_the_others_untouched(make_model, parts):
     model = make_model().eval()
-    samples, pixels = parts
-    before = logits(model, row_of(samples, pixels))
+    samples, images = parts
+    before = logits(model, row_of(samples, images))
     samples[1] = (samples[1] + 1) % IMAGE_ID
-    after = logits(model, row_of(samples, pixels))
+    after = logits(model, row_of(samples, images))
     changed = (before - after).abs().amax(1) > 0
     assert changed[11:18].any()
     assert not changed[:11].any()
@@ -90,7 +91,7 @@ def test_changing_one_sample_leaves_the_logits_of_the_others_untouched(make_mode
 def test_stock_attention_with_a_cache_does_leak_so_that_the_test_above_means_something(make_model, parts):
     model = make_model().eval()
     row = row_of(*parts)
-    embeds = model.embed(row.input_ids, row.pixels)
+    embeds = model.embed(row.input_ids, row.images)
     with attention(model.language, "sdpa"):
         stock = model.language(inputs_embeds=embeds, position_ids=row.position_ids, use_cache=True).logits[0]
     assert model.language.config._attn_implementation == PACKED
@@ -102,7 +103,7 @@ def test_packed_attention_refuses_a_mask_instead_of_ignoring_it(make_model, part
     row = row_of(*parts)
     with pytest.raises(ValueError, match="no mask"):
         model.language.model(
-            inputs_embeds=model.embed(row.input_ids, row.pixels),
+            inputs_embeds=model.embed(row.input_ids, row.images),
             attention_mask=torch.ones(1, 1, 35, 35),
             use_cache=False,
             cu_seq_lens_q=row.cu_seqlens,
@@ -128,14 +129,33 @@ def test_mixed_precision_hands_attention_one_dtype_so_that_the_gpu_kernel_is_tak
     monkeypatch.setattr("infimed.models.attention.F.scaled_dot_product_attention", spy)
     row = row_of(*parts)
     with torch.autocast("cpu", torch.bfloat16):
-        make_model().hidden(row.input_ids, row.pixels, **row.where)
+        make_model().hidden(row.input_ids, row.images, **row.where)
     assert len(seen) >= 2 * len(LENGTHS)  # two decoder layers
     assert {torch.float32, torch.bfloat16} not in seen
 
 
 def test_a_row_without_images_keeps_tower_and_projector_in_the_graph(make_model):
     model = make_model().train()
-    row = row_of([torch.randint(0, IMAGE_ID, (9,))], [torch.empty(0, 3, 28, 28, dtype=torch.uint8)])
+    row = row_of([torch.randint(0, IMAGE_ID, (9,))], [noise()])
     found = gradients(model, [row])
     assert found.keys() == {name for name, _ in model.named_parameters()}
     assert all((g == 0).all() for name, g in found.items() if name.startswith(("vision", "projector")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("images", [True, False])
+def test_a_training_step_never_waits_for_the_gpu(make_model, parts, images):
+    row = row_of(*parts) if images else row_of([torch.randint(0, IMAGE_ID, (9,))], [noise()])
+    model, cuda = make_model().to("cuda", torch.bfloat16), torch.device("cuda")
+    rows = (row.labels.flatten() != -100).nonzero().squeeze(1).to(cuda)
+    ids, labels, positions, cu = (tensor.to(cuda) for tensor in (row.input_ids, row.labels, row.position_ids, row.cu_seqlens))
+    given = {"position_ids": positions, "cu_seqlens": cu, "max_seqlen": row.where["max_seqlen"], "rows": rows}
+    seen = row.images.to(cuda)
+    model(ids, labels, seen, **given).total.backward()  # allocations and handles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids, labels, seen, **given).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
