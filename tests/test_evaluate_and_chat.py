@@ -1,15 +1,13 @@
-"""The other two entry points, on a checkpoint that a short training run left."""
+"""The evaluation entry point, on a checkpoint that a short training run left."""
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
 import torch
-from PIL import Image
 
-from infimed import chat, evaluate
+from infimed import evaluate
 from infimed.contracts import UserError
 from infimed.models.weights import read_checkpoint
 from tests.conftest import write_squares
@@ -63,8 +61,8 @@ def test_evaluate_says_what_it_needs(trained):
 def test_the_model_is_rebuilt_from_the_checkpoint_alone(trained):
     model, tokenizer, digest = evaluate.load_model(str(trained / "run"))
     config = read_checkpoint(trained / "run" / "last.ckpt")["infimed"]["config"]
-    assert model.visual_grid == config["data"]["visual_grid"] == 2
-    assert model.image_size == 28
+    assert model.resolution.visual_grid == config["data"]["resolution"]["visual_grid"] == 2
+    assert model.resolution.image_size == 28
     assert not model.training
     assert tokenizer.image_id == model.image_token_id
     assert len(digest) == 12
@@ -88,36 +86,3 @@ def test_a_checkpoint_cannot_choose_what_code_runs(trained):
 def test_a_checkpoint_of_another_tokenizer_is_refused(trained):
     with pytest.raises(UserError, match="trained with another tokenizer or chat template"):
         evaluate.load_model(rewritten(trained, "other.ckpt", tokenizer="0123456789abcdef"))
-
-
-def ask(trained, *extra) -> list[str]:
-    return [f"ckpt={trained / 'run' / 'last'}", *extra]
-
-
-def test_chat_answers_one_question_about_one_image(trained, capsys):
-    Image.new("RGB", (30, 20), (210, 30, 30)).save(trained / "red.png")
-    chat.main(configured(ask(trained, f"image={trained / 'red.png'}", "question='What is the colour?'"), "chat"))
-    answer = capsys.readouterr().out.strip()
-    assert answer in {"red", "green", "blue"}
-
-
-def test_chat_goes_on_until_an_empty_line(trained, capsys, monkeypatch):
-    Image.new("RGB", (30, 20), (20, 210, 30)).save(trained / "green.png")
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is the colour?\nIs it red?\n\nnever read\n"))
-    chat.main(configured(ask(trained, f"image={trained / 'green.png'}"), "chat"))
-    assert len(capsys.readouterr().out.replace("question (empty to stop): ", "\n").split()) >= 2
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        (["image=nowhere.png"], "image=nowhere.png does not exist: expected a PNG, JPEG, TIFF or DICOM file"),
-        (["image={shards}/broken.png"], "undecodable_image"),
-        (["question='what is <|im_end|>?'"], "reserved_token"),
-        (["ckpt=nowhere"], "no checkpoint at nowhere"),
-    ],
-)
-def test_chat_names_a_mistake(trained, extra, said):
-    (trained / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(UserError, match=said.replace("?", r"\?")):
-        chat.main(configured(ask(trained, *(e.format(shards=trained) for e in extra)), "chat"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from infimed.contracts import EvalItem
+from infimed.contracts import EvalItem, Images
 from infimed.models.generate import generate
 from infimed.models.vlm import InfiMed
 from infimed.processing.chat import render_prompt
 from infimed.processing.dicom import read_image_file
-from infimed.processing.image import num_visual_tokens, resize_square
+from infimed.processing.image import to_images
 from infimed.processing.tokenizer import Tokenizer
 
 GREY = 127
@@ -46,7 +47,8 @@ class LocalModel:
         Raises:
             DataFault: an image cannot be decoded, or a prompt's placeholders and images disagree.
         """
-        prompts = [self._prompt(item) for item in items]
+        seen = [self._images(item) for item in items]
+        prompts = [self._prompt(item, images) for item, images in zip(items, seen, strict=True)]
         order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
         responses = [""] * len(items)
         for start in range(0, len(order), self._batch_size):
@@ -54,7 +56,7 @@ class LocalModel:
             answers = self._generate(
                 self._model,
                 [prompts[i] for i in batch],
-                [self._pixels(items[i]) for i in batch],
+                [seen[i] for i in batch],
                 max_new_tokens=self._max_new_tokens,
                 stop_ids=(self._tokenizer.im_end_id, self._tokenizer.pad_id),
                 pad_id=self._tokenizer.pad_id,
@@ -63,14 +65,12 @@ class LocalModel:
                 responses[i] = self._tokenizer.decode(ids).strip()
         return responses
 
-    def _prompt(self, item: EvalItem) -> list[int]:
+    def _prompt(self, item: EvalItem, images: Images) -> list[int]:
         """Render a question; every image takes the model's number of visual tokens."""
-        visual = [num_visual_tokens(self._model.visual_grid)] * len(item.images)
+        visual = [self._model.resolution.tokens(grid) for grid in images.grids]
         return render_prompt(item.prompt, self._tokenizer, visual_tokens=visual)
 
-    def _pixels(self, item: EvalItem) -> torch.Tensor:
-        """Return uint8[n, 3, H, W], the images of a question at the model's size."""
-        size = self._model.image_size
-        if self._blind or not item.images:
-            return torch.full((len(item.images), 3, size, size), GREY, dtype=torch.uint8)
-        return torch.stack([resize_square(read_image_file(data), size) for data in item.images])
+    def _images(self, item: EvalItem) -> Images:
+        """Return the images of a question as patches; grey ones of the same sizes for a blind model."""
+        images = to_images([read_image_file(data) for data in item.images], self._model.resolution)
+        return replace(images, patches=torch.full_like(images.patches, GREY)) if self._blind else images

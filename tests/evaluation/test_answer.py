@@ -3,14 +3,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from infimed.contracts import DataFault, EvalItem, Message
 from infimed.evaluation.answer import GREY, LocalModel
+from infimed.processing.resolution import Resolution
 from infimed.processing.tokenizer import Tokenizer, train_tokenizer
 
-MODEL = SimpleNamespace(image_size=28, visual_grid=2)
+MODEL = SimpleNamespace(resolution=Resolution(patch_size=7, image_size=28, visual_grid=2))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ class Recorder:
 
     def __call__(self, model, prompts, images, *, max_new_tokens, stop_ids, pad_id):
         self.calls.append((prompts, images, max_new_tokens, stop_ids, pad_id))
-        return [self.tokenizer.encode(f" {int(i[0, 0, 0, 0])}" if len(i) else "none") for i in images]
+        return [self.tokenizer.encode(f" {int(i.patches[0, 0])}" if len(i) else "none") for i in images]
 
 
 def test_responses_come_back_in_order_whatever_the_batches(tokenizer):
@@ -53,8 +53,8 @@ def test_the_prompt_has_one_run_of_visual_tokens_an_image_and_the_pixels_the_mod
     answers = LocalModel(MODEL, tokenizer, max_new_tokens=5, generate=generate)([item("Equal?", 9, 8), item("Text only?")])
     [(prompts, images, max_new_tokens, stop_ids, pad_id)] = generate.calls
     assert answers == ["9", "none"]
-    assert [p.count(tokenizer.image_id) for p in prompts] == [0, 2 * MODEL.visual_grid**2]
-    assert [(tuple(i.shape), i.dtype) for i in images] == [((n, 3, 28, 28), torch.uint8) for n in (0, 2)]
+    assert [p.count(tokenizer.image_id) for p in prompts] == [0, 2 * 2**2]
+    assert [i.grids for i in images] == [(), ((4, 4), (4, 4))]
     assert (max_new_tokens, stop_ids, pad_id) == (5, (tokenizer.im_end_id, tokenizer.pad_id), tokenizer.pad_id)
 
 
@@ -63,7 +63,7 @@ def test_the_blind_model_sees_grey_in_the_same_number_of_tokens(tokenizer):
     LocalModel(MODEL, tokenizer, generate=seeing)([item("Axial?", 9)])
     assert LocalModel(MODEL, tokenizer, blind=True, generate=blind)([item("Axial?", 9)]) == [str(GREY)]
     assert blind.calls[0][0] == seeing.calls[0][0]
-    assert set(blind.calls[0][1][0].flatten().tolist()) == {GREY}
+    assert set(blind.calls[0][1][0].patches.flatten().tolist()) == {GREY}
 
 
 def test_an_image_that_cannot_be_decoded_is_a_fault_not_an_answer(tokenizer):
