@@ -32,7 +32,6 @@ def main(task: Callable[[DictConfig], object], config_name: str) -> None:
     Exits 2 with the option, what was given, what was expected and the fix when the user can mend it; any other error keeps its trace.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own printing would hide the exception from us and exit 1
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here fetches, and nothing leaves the machine
     _quieten()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(_guarded(task))()
@@ -83,6 +82,11 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (r".*isinstance\(treespec.*", r"Checkpoint directory .* exists and is not empty", r".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message)
+
+
+def best_device() -> str:
+    """Name the device to answer on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_threads(config: DictConfig) -> None:

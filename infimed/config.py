@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from glob import glob
@@ -16,14 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from infimed.contracts import UserError
+from infimed.models.hub import OWNERS, dimension_problems, find_folder, is_hub_name
+from infimed.processing.resolution import Resolution
 
 GIVEN_LATER = frozenset({"model", "image_token_id", "total_steps", "sources"})
 """Arguments that the entry point supplies; a configuration need not name them."""
-
-GET = {
-    "vision": "hf download google/siglip-so400m-patch14-384 --local-dir {path}",
-    "language": "hf download Qwen/{name} --local-dir {path}",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +38,8 @@ class Stage:
     tokenizer: str
     weights: dict[str, str | None]
     model: dict[str, Any]
+    adapters: dict[str, dict[str, Any]] | None  # component -> models.adapters.AdapterSpec
+    compile: str  # auto | yes | no
     data: dict[str, Any]
     system: dict[str, Any]
     trainer: dict[str, Any]
@@ -47,7 +47,7 @@ class Stage:
     logger: dict[str, dict[str, Any]]
 
 
-ROOT = frozenset(f.name for f in fields(Stage)) | {"run_dir", "resume_from", "cpu_threads", "stages", "evaluation", "ckpt"}
+ROOT = frozenset(f.name for f in fields(Stage)) | {"run_dir", "resolution", "resume_from", "cpu_threads", "stages", "evaluation", "ckpt"}
 """Every key of the page."""
 
 
@@ -64,7 +64,7 @@ def stages(config: DictConfig) -> list[Stage]:
     for number, (name, diff) in enumerate(diffs.items() or [(config.name, {})], 1):
         at = folder / f"{number}_{name}" if diffs else folder
         start = f"{made[-1].folder}/last.ckpt" if made else config.init_from
-        page = resolve(lay_over(config, {**diff, "init_from": start, "folder": str(at)}))
+        page = resolve(_from_hub_cache(lay_over(config, {**diff, "init_from": start, "folder": str(at)})))
         problems += [f"there is no option `{key}`{nearest(key, ROOT)}" for key in page if key not in ROOT]
         stage = Stage(**{f.name: page[f.name] for f in fields(Stage)})
         problems += check(stage, first=not made)
@@ -177,15 +177,21 @@ def check(stage: Stage, *, first: bool) -> list[str]:
         problems.append(f"tokenizer={stage.tokenizer}: no tokenizer.json there; the language model's hub folder has one")
     for option in ("train", "val"):
         problems += missing_shards(stage.data.get(option) or (), f"data.{option}", stage.tokenizer)
+    if stage.compile not in ("auto", "yes", "no"):
+        problems.append(f"compile={stage.compile}: expected auto, yes or no")
     if stage.max_steps is not None and stage.max_steps < 1:
         problems.append(f"max_steps={stage.max_steps}: expected at least 1, or null for all of data.epochs")
-    side, patch = (stage.model.get("vision", {}).get(key, 0) for key in ("image_size", "patch_size"))
-    grid = stage.data.get("visual_grid", 1)
-    if patch and isinstance(grid, int) and not 1 <= grid <= side // patch:
-        problems.append(f"data.visual_grid={grid}: expected 1 to {side // patch}, the tower's own grid ({side} px in patches of {patch})")
+    try:
+        Resolution(**{key: value for key, value in stage.model.get("resolution", {}).items() if key != "_target_"})
+    except UserError as error:
+        problems += [line.removeprefix("- ") for line in str(error).splitlines()]
+    except TypeError:
+        pass  # a wrong name, which `bind` has named
     rows = stage.data.get("packs_per_batch", 1)
     if isinstance(rows, int) and rows > 0 and (stage.global_batch < 1 or stage.global_batch % rows):
         problems.append(f"global_batch={stage.global_batch} is not a positive multiple of data.packs_per_batch={rows}")
+    if stage.data.get("isolate") is False and stage.data.get("packs_per_batch", 1) != 1:
+        problems.append("data.isolate=false lets a whole row see itself, so rows cannot share a batch: expected data.packs_per_batch=1")
     if any(stage.weights.values()) and not all(stage.weights.values()) and not stage.init_from:
         problems.append("weights: give both vision and language, or neither")
     if stage.max_steps is None and stage.data.get("epochs") is None:
@@ -205,14 +211,30 @@ def missing_shards(patterns: Sequence[str], option: str, tokenizer: str) -> list
     ]
 
 
+def _from_hub_cache(page: DictConfig) -> DictConfig:
+    """Put the cache's folder in the place of a hub name, before what refers to it is resolved; a name that is not there stays."""
+    for part in OWNERS:
+        given = OmegaConf.select(page, f"weights.{part}", throw_on_resolution_failure=False)
+        if isinstance(given, str) and is_hub_name(given):
+            with suppress(UserError):  # named by `_missing_weights`
+                page.weights[part] = str(find_folder(given, part=part))
+    return page
+
+
 def _missing_weights(stage: Stage) -> Iterable[str]:
-    """Name weight folders that are asked for and absent, with the command that fetches them."""
-    for part, folder in stage.weights.items():
-        if part not in GET:
-            yield f"weights.{part}: expected vision or language"
-        elif folder and not any(Path(folder).glob("model*.safetensors")):
-            fetch = GET[part].format(path=folder, name=Path(folder).name)
-            yield f"weights.{part}={folder} holds no safetensors weights; get them with: {fetch}"
+    """Name weights that are asked for and absent, with the command that fetches them, or that belong to a model of other dimensions."""
+    for part, given in stage.weights.items():
+        if part not in OWNERS:
+            yield f"weights.{part}: expected {' or '.join(OWNERS)}"
+        elif given:
+            section = stage.model.get(part) or {}
+            built_from_folder = {"vocab_size"} if "folder" in section else set()  # it may be larger than the folder's
+            try:
+                folder = find_folder(given, part=part)
+            except UserError as error:
+                yield str(error)
+            else:
+                yield from dimension_problems(folder, part=part, model={k: v for k, v in section.items() if k not in built_from_folder})
 
 
 def bind(node: Any, path: str) -> list[str]:  # noqa: ANN401  a configuration node can be anything

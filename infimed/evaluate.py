@@ -16,8 +16,9 @@ from infimed.evaluation.baselines import MajorityAnswer
 from infimed.evaluation.report import Table, format_terminal, summarise, to_json, to_markdown
 from infimed.evaluation.runner import evaluate as ask
 from infimed.evaluation.tasks.shard_vqa import ShardVQA, asked_in
+from infimed.models.checkpoints import find_checkpoint, read_checkpoint
 from infimed.models.vlm import InfiMed
-from infimed.models.weights import find_checkpoint, load_state_of, read_checkpoint
+from infimed.models.weights import load_state_of
 from infimed.processing.tokenizer import Tokenizer
 
 
@@ -35,7 +36,7 @@ def evaluate(config: DictConfig, *, ckpt: str, folder: Path) -> Table:
     options = evaluation_of(config)
     if options is None:
         raise UserError("evaluation is not set: choose an experiment that has test questions, e.g. experiment=quickstart")
-    model, tokenizer, digest = load_model(ckpt)
+    model, tokenizer, digest = load_model(ckpt, device=cli.best_device())
     task = ShardVQA(options.shards, name="held-out", limit=options.limit, cluster_by=options.cluster_by)
     model_options = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     settings = f"{options.max_new_tokens} tokens"
@@ -50,10 +51,10 @@ def evaluate(config: DictConfig, *, ckpt: str, folder: Path) -> Table:
     return table
 
 
-def load_model(ckpt: str) -> tuple[InfiMed, Tokenizer, str]:
+def load_model(ckpt: str, *, device: str = "cpu") -> tuple[InfiMed, Tokenizer, str]:
     """Rebuild the model that a checkpoint was made with, from the configuration inside it; returns a digest of its bytes too."""
     path = find_checkpoint(ckpt)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     stage = checkpoint["infimed"].get("config", {})
     if not {"model", "tokenizer"} <= stage.keys():
         raise UserError(f"{path} does not say which model and tokenizer it was trained with; expected a checkpoint of infimed.train")
@@ -68,14 +69,18 @@ def load_model(ckpt: str) -> tuple[InfiMed, Tokenizer, str]:
     model = instantiate(stage["model"], image_token_id=tokenizer.image_id)
     load_state_of(model, checkpoint, origin=str(path))
     with path.open("rb") as file:
-        return model.eval(), tokenizer, hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return model.to(device).eval(), tokenizer, hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
+PROJECTORS = ("AveragePoolMLP", "BlockPoolMLP", "UnshuffleMLP", "PerceiverResampler", "CAbstractor")
 BUILT_FROM_A_CHECKPOINT = {
     "infimed.models.vlm.InfiMed",
+    "infimed.processing.resolution.Resolution",
     "infimed.models.vision.SiglipTower",
-    "infimed.models.projector.AveragePoolMLP",
+    "infimed.models.vision.NaflexTower",
+    *(f"infimed.models.projector.{name}" for name in PROJECTORS),
     "infimed.models.language.qwen3",
+    "infimed.models.language.causal_lm",
 }
 
 

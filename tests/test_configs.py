@@ -40,7 +40,7 @@ def test_a_published_stage_binds_and_names_every_file_that_is_missing(experiment
 def test_the_recipe_reaches_the_stages():
     for name, grid, rate, batch in (("pretrain", 12, 5e-5, 256), ("sft_stage1", 27, 2e-5, 128), ("sft_stage2", 27, 1e-5, 128)):
         config = configured([f"experiment={name}"])
-        assert (config.data.visual_grid, config.system.lr, config.global_batch, config.name) == (grid, rate, batch, name)
+        assert (config.resolution.visual_grid, config.system.lr, config.global_batch, config.name) == (grid, rate, batch, name)
         assert config.data.max_tokens == 4096
         assert config.model.projector.visual_grid == grid
 
@@ -52,7 +52,7 @@ def test_the_quickstart_is_the_recipes_chain_low_grid_first(monkeypatch):
     grids = [s.model["projector"]["visual_grid"] for s in chain]
     assert grids == sorted(grids)
     assert grids[0] < grids[-1]
-    assert [s.data["visual_grid"] for s in chain] == grids
+    assert [s.data["resolution"]["visual_grid"] for s in chain] == grids
     for before, after in pairwise(chain):
         assert after.init_from == f"{before.folder}/last.ckpt"
 
@@ -80,7 +80,7 @@ def mistakes(tmp_path: Path, *extra: str) -> str:
         ("+stages={a: {system: {lrr: 1}}}", "system.lrr: TrainModule has no such option"),
         ("max_steps=abc", "max_steps='abc': expected int | None"),
         ("max_steps=0", "max_steps=0: expected at least 1"),
-        ("data.visual_grid=99", "data.visual_grid=99: expected 1 to 4, the tower's own grid (28 px in patches of 7)"),
+        ("resolution.visual_grid=99", "resolution.visual_grid=99: expected 1 to 4; the tower's own grid is 4 x 4 (28 px in patches of 7)"),
         ("init_from=nowhere.ckpt", "init_from=nowhere.ckpt does not exist"),
         ("tokenizer=nowhere", "tokenizer=nowhere: no tokenizer.json there"),
     ],
@@ -161,3 +161,14 @@ def test_on_the_command_line_a_mistake_exits_2_without_a_trace(tmp_path, argumen
     assert result.returncode == 2, result.stderr
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_every_model_file_binds_to_what_it_builds(model):
+    overrides = ["experiment=any_pretrain" if model.startswith("any") else "experiment=pretrain", f"model={model}"]
+    if model == "tiny":
+        overrides.append("resolution.visual_grid=8")
+    with pytest.raises(UserError) as error:
+        stages(configured(overrides))
+    missing = ("holds no safetensors weights", "does not exist: make shards", "no tokenizer.json there")
+    assert all(any(part in line for part in missing) for line in str(error.value).splitlines())

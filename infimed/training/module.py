@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import lightning
 import torch
 
-from infimed.contracts import COMPONENTS, Batch
+from infimed.contracts import COMPONENTS, Batch, UserError
 from infimed.models.loss import Loss
 from infimed.models.vlm import InfiMed
+from infimed.processing.flops import ModelShape
 from infimed.training.freezing import set_trainable
 from infimed.training.optim import adamw, describe, parameter_groups
 
@@ -20,6 +21,7 @@ class Tally:
     """Running sums of one optimizer step on one rank; summed over ranks, then divided once."""
 
     sums: torch.Tensor  # float64[2, 1 + sources]: loss and supervised tokens, in all (column 0) and by source
+    silent: int = 0  # micro-batches of this rank without a supervised token: they cost nothing, teach nothing and are counted
 
     @classmethod
     def empty(cls, sources: Sequence[str]) -> Tally:
@@ -27,20 +29,17 @@ class Tally:
         return cls(torch.zeros(2, 1 + len(sources), dtype=torch.float64))
 
     def add(self, loss: Loss, batch: Batch) -> None:
-        """Take in one micro-batch."""
-        source = batch.source_ids.flatten()[loss.targets_at] + 1
-        per_token = loss.per_token.double()
-        self.sums = self.sums.to(per_token.device)  # stays there until the step ends: no stall a micro-batch
-        width = self.sums.shape[1]
-        self.sums[0] += torch.bincount(source, weights=per_token, minlength=width)
-        self.sums[1] += torch.bincount(source, minlength=width)
-        self.sums[:, 0] += torch.stack([per_token.sum(), per_token.new_tensor(len(source))])
+        """Take in one micro-batch, where it is: nothing waits for the device."""
+        by_source = loss.by_source(batch.source_ids, self.sums.shape[1] - 1)
+        self.sums = self.sums.to(by_source.device) + torch.cat([by_source.sum(1, keepdim=True), by_source], dim=1)
+        self.silent += not batch.supervised_tokens
 
-    def metrics(self, sources: Sequence[str], *, prefix: str) -> dict[str, float]:
-        """Mean loss a token, in all and by source."""
-        loss, tokens = self.sums.tolist()
-        found = {f"{prefix}/loss_{name}": loss[i] / tokens[i] for i, name in enumerate(sources, 1) if tokens[i]}
-        return {f"{prefix}/loss": loss[0] / max(tokens[0], 1.0), **found}
+
+def means(sums: torch.Tensor, sources: Sequence[str], *, prefix: str) -> dict[str, float]:
+    """Divide a tally's sums: the mean loss a token, in all and by source."""
+    loss, tokens = sums.tolist()
+    found = {f"{prefix}/loss_{name}": loss[i] / tokens[i] for i, name in enumerate(sources, 1) if tokens[i]}
+    return {f"{prefix}/loss": loss[0] / max(tokens[0], 1.0), **found}
 
 
 class TrainModule(lightning.LightningModule):
@@ -74,6 +73,7 @@ class TrainModule(lightning.LightningModule):
         super().__init__()
         self.model = model
         set_trainable(model, trainable)
+        self.trainable = tuple(trainable)
         self.total_steps = total_steps
         self.warmup_steps = round(warmup * total_steps)
         self.betas = (betas[0], betas[1])
@@ -83,7 +83,9 @@ class TrainModule(lightning.LightningModule):
         self.groups = parameter_groups(model, lr=lr, component_lr=component_lr or {}, weight_decay=weight_decay)
         self.tally = Tally.empty(self.sources)
         self.val_tally = Tally.empty(self.sources)
-        self.last_loss = float("nan")  # of the latest optimizer step, over all ranks
+        self.shape: ModelShape | None = None  # what throughput counts FLOPs by; None: nobody knows
+        self.silent = 0  # micro-batches so far without a supervised token, on this rank
+        self.step_sums = torch.full((2, 1), float("nan"), dtype=torch.float64)  # of the latest optimizer step, over all ranks
 
     def describe(self) -> str:
         """Draw the table of components, trainable and frozen."""
@@ -104,16 +106,33 @@ class TrainModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into gradients of the mean over all supervised tokens of this optimizer step."""
-        self.tally.sums = self._reduce(self.tally.sums)
-        tokens = float(self.tally.sums[1, 0])
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
+        sums = self.step_sums = self._reduce(self.tally.sums)
+        share = self.trainer.accumulate_grad_batches * self.trainer.world_size / sums[1, 0].clamp(min=1.0)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        metrics = self.tally.metrics(self.sources, prefix="train")
-        self.last_loss = metrics["train/loss"]
-        self.tally = Tally.empty(self.sources)
+        torch._foreach_mul_(gradients, share.float())  # a tensor where the gradients are: nothing waits for the device
+        self.silent += self.tally.silent
+        self.tally = Tally(torch.zeros_like(self.tally.sums))
         if self.trainer.global_step % self.log_every == 0 or self.trainer.global_step + 1 == self.total_steps:
-            self._log({**metrics, "train/supervised_tokens": tokens, **self._optimizer_metrics(optimizer)})
+            counts = {"train/supervised_tokens": float(sums[1, 0]), "train/silent_rows": self.silent}
+            self._log({**means(sums, self.sources, prefix="train"), **counts, **self._optimizer_metrics(optimizer)})
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm ourselves: Lightning refuses to for a fused optimizer under bf16-mixed, though there is nothing to unscale.
+
+        Raises:
+            UserError: another algorithm.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: expected norm, which gradients are clipped by")
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
+
+    @property
+    def last_loss(self) -> float:
+        """The mean loss a token of the latest optimizer step, over all ranks; asking waits for the device."""
+        return means(self.step_sums, (), prefix="train")["train/loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up the loss of one validation row."""
@@ -121,8 +140,7 @@ class TrainModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean validation loss a token, over all ranks."""
-        self.val_tally.sums = self._reduce(self.val_tally.sums)
-        metrics = self.val_tally.metrics(self.sources, prefix="val")
+        metrics = means(self._reduce(self.val_tally.sums), self.sources, prefix="val")
         self.val_tally = Tally.empty(self.sources)
         self.log("val/loss", metrics["val/loss"], logger=False)  # for checkpoints and sweeps
         self._log(metrics)
@@ -133,21 +151,22 @@ class TrainModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Remember the loss of the step that was saved, in case none is left to take."""
-        self.last_loss = checkpoint["infimed"]["last_loss"]
+        self.step_sums = torch.tensor([[checkpoint["infimed"]["last_loss"]], [1.0]], dtype=torch.float64)
 
     def _loss(self, batch: Batch) -> Loss:
         return self.model(
             batch.input_ids,
             batch.labels,
-            batch.pixel_values,
+            batch.images,
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
+            rows=batch.rows,
         )
 
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, on the device that the ranks talk through."""
-        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu() if self.trainer.world_size > 1 else sums.cpu()
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum") if self.trainer.world_size > 1 else sums
 
     def _optimizer_metrics(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Learning rates and gradient norms (before clipping) by component."""

@@ -11,9 +11,12 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 
-from infimed.contracts import UserError
-from infimed.models.weights import read_checkpoint
+from infimed.contracts import Batch, UserError
+from infimed.models.adapters import is_adapter
+from infimed.models.checkpoints import read_checkpoint
+from infimed.processing.flops import Work, describe, flops, shape_of
 from infimed.training.module import TrainModule
 
 DONE = "done.json"
@@ -27,11 +30,36 @@ def seed_everything(seed: int) -> None:
 
 
 def precision(asked: str, accelerator: str) -> str:
-    """Resolve `auto`: bf16 where the device computes in it, else float32."""
+    """Resolve `auto`: bf16 where the device computes in it, else float32.
+
+    Raises:
+        UserError: half precision that needs its losses scaled, or an unknown name.
+    """
+    known = ("auto", "bf16-mixed", "bf16-true", "32-true")
+    if str(asked) not in known:
+        raise UserError(f"trainer.precision={asked}: expected {', '.join(known)}")
     if asked != "auto":
         return asked
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+class HalfWeights(HalfPrecision):
+    """Weights, gradients and moments in bf16, as `bf16-true`, but for what must not be: rotary frequencies, and the batch as it is.
+
+    Lightning's own rounds buffers too, which bends the positions of long rows, and cannot handle a frozen dataclass.
+    """
+
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Round the parameters."""
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._desired_input_dtype)
+        return module
+
+    def convert_input(self, data: Batch) -> Batch:
+        """Leave the batch alone: ids and bytes."""
+        return data
 
 
 def accumulation(*, global_batch: int, packs_per_batch: int, world_size: int) -> int:
@@ -79,7 +107,7 @@ def resume_point(stage: Mapping, *, world_size: int) -> str | None:
 def _decisive(stage: Mapping) -> dict[str, object]:
     """Flatten the options that decide what is computed; workers, logging and places are free to change."""
     free = {"data.num_workers", "data.prefetch", "data.train", "data.val", "data.tokenizer", "data.quarantine_path", "system.log_every"}
-    picked = {name: stage[name] for name in ("seed", "max_steps", "global_batch", "model", "data", "system")}
+    picked = {name: stage[name] for name in ("seed", "max_steps", "global_batch", "model", "adapters", "data", "system")}
     return {key: value for key, value in flat(picked).items() if key not in free}
 
 
@@ -131,3 +159,22 @@ def link(path: Path, target: str) -> None:
     part = path.with_name(f".{path.name}-{os.getpid()}")
     part.symlink_to(target)
     os.replace(part, path)
+
+
+def cost(system: TrainModule, model: Mapping, row: Batch, *, batches: int) -> str:
+    """Lay out what a row and the stage cost, and let the module know its shapes, by which throughput counts FLOPs.
+
+    Args:
+        model: the section of the configuration; the decoder's sizes are read off what was built.
+        batches: rows like this one in the stage, over all ranks.
+    """
+    if any(is_adapter(name) for name, _ in system.named_parameters()):
+        return "cost: not counted, for a model with adapters"
+    try:
+        system.shape = shape_of({**model, "language": system.model.language.config.to_dict()})
+    except UserError as error:
+        return f"cost: not counted ({error})"
+    work = Work.of_batch(row)
+    total = batches * flops(system.shape, work, trained=system.trainable).total
+    table = describe("cost of the first row", system.shape, work, trained=system.trainable)
+    return f"{table}\n  {batches:,} such rows: {total / 1e15:,.3g} PFLOP this stage"

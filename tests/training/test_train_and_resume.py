@@ -42,7 +42,9 @@ def test_every_stage_trains_two_steps_and_resumes_to_four_as_if_never_stopped(ti
 
 
 def test_each_stage_starts_from_the_last_ones_weights(tiny_shards):
-    overrides = tiny(tiny_shards, tiny_shards / "chain", "+stages={low: {max_steps: 2}, high: {max_steps: 1, data: {visual_grid: 4}}}")
+    overrides = tiny(
+        tiny_shards, tiny_shards / "chain", "+stages={low: {max_steps: 2}, high: {max_steps: 1, resolution: {visual_grid: 4}}}"
+    )
     run(overrides)
     stored = torch.load(tiny_shards / "chain" / "2_high" / "last.ckpt", weights_only=True)["infimed"]["config"]
     assert stored["init_from"].endswith("1_low/last.ckpt")
@@ -178,7 +180,7 @@ def test_ten_golden_losses(tmp_path):
         "evaluation=null",
         "max_steps=10",
         "data.max_tokens=512",
-        "data.visual_grid=4",
+        "resolution.visual_grid=4",
         "data.val=[]",
     ]
     run([*overrides, "system.trainable=[vision,projector,language]", "callbacks.progress.refresh_rate=0", f"run_dir={folder}"])
