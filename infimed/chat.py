@@ -210,5 +210,6 @@ def _option(word: str) -> tuple[str, Window | int]:
 
 if __name__ == "__main__":
     if {"-m", "--multirun"} & set(sys.argv):
-        sys.exit("error: chat takes no sweep: Hydra would write the question to a file")
+        print("error: chat takes no sweep: Hydra would write the question to a file", file=sys.stderr)
+        sys.exit(2)
     cli.main(main, "chat")

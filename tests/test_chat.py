@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,3 +272,18 @@ def test_a_conversation_that_grows_too_long_is_one_line_and_reset_mends_it(check
 def test_a_mistake_on_the_command_line_ends_it(checkpoint, png, extra, said):
     with pytest.raises(UserError, match=said):
         ask(checkpoint, *(e.format(png=png) for e in extra))
+
+
+def test_stdout_carries_answers_alone_and_no_sweep_writes_a_question_down(checkpoint, png, tmp_path):
+    def typed(*arguments: str) -> subprocess.CompletedProcess:
+        path = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-m", "infimed.chat", *arguments], cwd=tmp_path, env=path, capture_output=True, text=True)
+
+    told = typed(f"ckpt={checkpoint}", f"image={png}", "question=what?", "max_new_tokens=3")
+    assert told.returncode == 0
+    assert "packed attention" not in told.stdout
+    assert "not for clinical use" in told.stderr
+    swept = typed("-m", f"ckpt={checkpoint}", "question=what?")
+    assert swept.returncode == 2
+    assert "chat takes no sweep" in swept.stderr
+    assert not any(path.is_file() and path.name != png.name for path in tmp_path.rglob("*"))
