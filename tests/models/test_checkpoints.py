@@ -203,3 +203,26 @@ def test_a_write_that_fails_leaves_nothing_and_weights_are_never_overwritten(tmp
 def test_a_type_without_a_name_in_the_format_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"waves is torch\.complex64, which cannot be written"):
         write_safetensors(tmp_path / "out", {"waves": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_tensors_of_every_width_are_aligned_in_a_file(tmp_path):
+    tensors = {
+        "bytes": torch.zeros(3, dtype=torch.uint8),
+        "halves": torch.zeros(3, dtype=torch.bfloat16),
+        "longs": torch.zeros(2, dtype=torch.int64),
+    }
+    write_safetensors(tmp_path / "out", tensors)
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
+
+
+def test_into_a_folder_that_exists_the_index_comes_last(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    order, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: order.append(self.name) or rename(self, target))
+    write_safetensors(tmp_path / "out", {"a": torch.zeros(4), "b": torch.zeros(4)}, max_shard_bytes=16)
+    assert order[-1] == "model.safetensors.index.json"
+    assert len(order) == 3
