@@ -6,6 +6,7 @@ V visual tokens, D tower width, H width on the way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import gcd
@@ -20,7 +21,7 @@ Grid = tuple[int, int]
 """Rows and columns of an image in patches: plain numbers, so that nothing waits for the device."""
 
 
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """Gather an image's patches into its visual tokens, then read them out at the language model's width.
 
     A subclass says how many tokens a grid gives (`tokens`), how images of one grid are gathered, and how rows are read out.
@@ -34,13 +35,13 @@ class Projector(nn.Module):
         _check_positive(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
 
+    @abstractmethod
     def tokens(self, grid: Grid) -> int:
         """Count the visual tokens of an image of `grid` = rows x columns patches.
 
         Raises:
             UserError: this projector cannot take such a grid.
         """
-        raise NotImplementedError
 
     def forward(self, features_PD: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """Project the patches of many images; neighbours of equal grid go as one batch.
@@ -71,13 +72,13 @@ class Projector(nn.Module):
             start = stop
         return self._read_out(torch.cat(gathered) if len(gathered) > 1 else gathered[0])
 
+    @abstractmethod
     def _gather(self, features_NRCD: torch.Tensor) -> torch.Tensor:
         """Turn images of one grid into float[N, V, H]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read_out(self, gathered_VH: torch.Tensor) -> torch.Tensor:
         """Turn rows, each for itself, into float[V, out_features]."""
-        raise NotImplementedError
 
 
 class _MLP(Projector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import groupby
 from math import isqrt
@@ -36,7 +37,7 @@ class PackedSelfAttention(nn.Module):
         return self.out_proj(attended.flatten(-2)), None
 
 
-class PackedTower(nn.Module):
+class PackedTower(nn.Module, ABC):
     """Turn packed patches into features; base of the towers below.
 
     Blocks after the one whose output is read, and the pooling head, add nothing to the result and are not built. A frozen tower runs
@@ -67,9 +68,9 @@ class PackedTower(nn.Module):
         """Change the mode; a frozen tower stays in eval mode."""
         return super().train(mode and self.learns)
 
+    @abstractmethod
     def patch_weight(self) -> torch.Tensor:
         """Return the patch embedding as float[D, patch_size ** 2 * 3] for patches in (row, column, channel) order."""
-        raise NotImplementedError
 
     def forward(self, images: Images) -> torch.Tensor:
         """Encode images.
