@@ -78,8 +78,9 @@ def _mistake(error: BaseException | None) -> str | None:
 
 
 def _quieten() -> None:
-    """Silence what Lightning says about every run: device lists, advertisements, its own deprecations."""
+    """Silence what libraries say about every run: device lists, advertisements, their own deprecations."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # advises to install what would load kernels, which is code, from the hub
     for message in (r".*isinstance\(treespec.*", r"Checkpoint directory .* exists and is not empty", r".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message)
 
