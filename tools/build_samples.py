@@ -47,7 +47,7 @@ def read_back(split: str) -> list[Built]:
 def write_all(splits: dict[str, list[Built]], tokenizer: Tokenizer) -> None:
     """Write the shards of every split in place of the old ones."""
     for split, samples in splits.items():
-        for old in [*(OUT / split).glob("shard-*.tar"), *(OUT / split).glob("shard-*.index.json")]:
+        for old in [*(OUT / split).glob("shard-*.tar"), *(OUT / split).glob("shard-*.index.safetensors")]:
             old.unlink()
         paths = write_shards(samples, OUT / split, tokenizer=tokenizer)
         size = sum(path.stat().st_size for path in paths)

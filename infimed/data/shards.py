@@ -1,320 +1,292 @@
-"""Shards: a WebDataset tar and, beside it, an index that lets any sample be read by offset.
+"""Shards: WebDataset tars and, beside them, an index that lets any sample be read by offset.
 
-Layout: `<key>.json` (a Sample minus its key and pixels), then `<key>.0.jpg`, `<key>.1.png`, ... next to each other.
-`NAME.index.json` repeats offsets, sizes, CRCs and the metadata that planning needs, so that no pixel is read to make a plan.
-A member's name is only ever a key of a dictionary, never a path.
+Layout: `<key>.json` (a Sample minus its key and pixels), then `<key>.0.jpg`, `<key>.1.png`, ... next to each other; tars made elsewhere
+are read too once they are indexed. The index repeats offsets, sizes, CRCs and the metadata that planning needs, so that no pixel is read
+to make a plan. A member's name is only ever a key of a dictionary, never a path.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
-import os
-import re
-import tarfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
 
-from infimed.contracts import IMAGE_PLACEHOLDER, DataFault, Sample, UserError
-from infimed.data.index import (
-    Index,
-    Member,
-    Row,
-    describe,
-    index_path,
-    read_index,
-    sample_from_json,
-    sample_to_json,
-    sha256_of,
-    write_index,
-)
-from infimed.processing.chat import count_tokens
-from infimed.processing.dicom import read_image_file
+import numpy as np
+
+from infimed.contracts import DataFault, Sample
+from infimed.data.index import Columns, Part, Row, index_path
+from infimed.data.recent import Recent
+from infimed.data.records import read_member
+from infimed.data.shard_check import reindex, verify
+from infimed.data.shard_open import Shard, find_tars, open_all
+from infimed.data.shard_select import matching, named
+from infimed.data.shard_writer import write_shards
+from infimed.data.store import Request, Store
+from infimed.processing.chat import measure_text
 from infimed.processing.tokenizer import Tokenizer
+
+__all__ = ["ShardSet", "find_tars", "index_path", "open_shards", "reindex", "verify", "write_shards"]
 
 log = logging.getLogger(__name__)
 
-_KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-_KEY_MAX = 80  # a plain ustar name holds 100 bytes
-_IMAGE_NAME = re.compile(r"[0-9]+\.[A-Za-z0-9]+")
-_OPEN_FILES = 64
+_SLACK = 4096  # bytes a member may lie apart from the next and still be read with it: header, padding, a long name
+_PARTS, _FILES = 512, 64  # parts of indexes, and index files, that stay mapped
+_AT_ONCE = 256  # records that are read together to be counted
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+def open_shards(paths: Sequence[str | Path], *, store: Store | None = None) -> ShardSet:
+    """Open shards named by files, folders or patterns. Raises: UserError with every problem of every path."""
+    store = store or Store()
+    return ShardSet(open_all(paths, store), store)
 
 
-def write_shards(
-    samples: Iterable[tuple[Sample, Sequence[bytes]]],
-    out: Path,
-    *,
-    prefix: str = "shard",
-    max_samples: int = 1000,
-    tokenizer: Tokenizer,
-) -> list[Path]:
-    """Write samples and their encoded images as `out/prefix-000000.tar`, ... with an index each; equal input gives equal bytes.
+class Rows(Sequence[Row]):
+    """The rows of a set, each made when it is asked for."""
 
-    Raises: UserError when `out` already holds such shards, or for a key that is bad or comes twice; DataFault for a sample whose
-    placeholders and images disagree or whose text cannot be rendered.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if stale := sorted(out.glob(f"{prefix}-*.tar")):
-        raise UserError(f"out={out} already holds {len(stale)} {prefix}-*.tar (first: {stale[0].name}); remove them or name another folder")
-    paths: list[Path] = []
-    keys: set[str] = set()
-    chunk: list[tuple[Sample, Sequence[bytes]]] = []
-    for sample, images in samples:
-        _check_writable(sample, images, keys)
-        chunk.append((sample, images))
-        if len(chunk) == max_samples:
-            paths.append(_write_shard(chunk, out / f"{prefix}-{len(paths):06d}.tar", tokenizer))
-            chunk = []
-    if chunk:
-        paths.append(_write_shard(chunk, out / f"{prefix}-{len(paths):06d}.tar", tokenizer))
-    return paths
+    def __init__(self, shards: ShardSet) -> None:
+        """Look into a set."""
+        self._shards = shards
 
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self._shards)
 
-def _check_writable(sample: Sample, images: Sequence[bytes], keys: set[str]) -> None:
-    """Refuse what a reader of the shard could not make sense of."""
-    if not _KEY.fullmatch(sample.key) or len(sample.key) > _KEY_MAX:
-        raise UserError(
-            f"key={sample.key!r}: expected letters, digits, '_', '-' and single '/', at most {_KEY_MAX}; a dot would end the key"
-        )
-    if sample.key in keys:
-        raise UserError(f"key={sample.key!r} comes twice; every sample needs its own key")
-    keys.add(sample.key)
-    if len(sample.images) != len(images):
-        raise UserError(f"{sample.key}: images={sample.images} names {len(sample.images)} members, but {len(images)} images were given")
-    for number, name in enumerate(sample.images):
-        if not _IMAGE_NAME.fullmatch(name) or name.split(".")[0] != str(number):
-            raise UserError(f"{sample.key}: image member {name!r}: expected {number}.EXTENSION, such as {number}.jpg")
-    placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in sample.messages)
-    if placeholders != len(images):
-        raise DataFault("image_mismatch", f"{sample.key}: {placeholders} placeholders, {len(images)} images")
-    sample_from_json(sample.key, sample_to_json(sample))
-
-
-def _write_shard(chunk: Sequence[tuple[Sample, Sequence[bytes]]], path: Path, tokenizer: Tokenizer) -> Path:
-    """Write one tar and its index; each appears under its name only when it is complete."""
-    rows = []
-    part = path.with_suffix(".tar.part")
-    try:
-        with part.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample, images in chunk:
-                blobs = (sample_to_json(sample), *images)
-                members = tuple(_add(tar, sample.key, name, blob) for name, blob in zip(("json", *sample.images), blobs, strict=True))
-                rows.append(describe(path, sample, members, images, tokenizer))
-        write_index(path, rows, tar_bytes=part.stat().st_size, sha256=sha256_of(part), tokenizer=tokenizer)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _add(tar: tarfile.TarFile, key: str, name: str, blob: bytes) -> Member:
-    """Append one member (time 0, no owner) and say where its bytes went."""
-    info = tarfile.TarInfo(f"{key}.{name}")
-    info.size = len(blob)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(info, BytesIO(blob))
-    return Member(name, offset, len(blob), zlib.crc32(blob))
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+    def __getitem__(self, index: int) -> Row:
+        """Make a row."""
+        shard, local = self._shards.place(index)
+        return self._shards.part(shard).row(local, self._shards.shards[shard].path)
 
 
 class ShardSet:
     """Open shards: `rows` to plan with, `read` to fetch a sample by offset. Safe to fork and to pickle."""
 
-    def __init__(self, rows: Sequence[Row], indexes: Mapping[str, Index]) -> None:
-        """`indexes`: the index of each tar by its path, for its digest and its tokenizer."""
-        self.rows = tuple(rows)
-        self._indexes = dict(indexes)
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        store: Store,
+        *,
+        chosen: np.ndarray | None = None,
+        counted: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+        tokenizer: str = "",
+    ) -> None:
+        """Take opened shards; `open_shards` is the usual way in.
+
+        chosen: int64[n] rows of all that belong to the set; None for all. counted: by shard, `text_tokens` and `image_at` in the place
+        of those of an index that was counted with another tokenizer than `tokenizer`.
+        """
+        self.shards, self._store, self._counted, self._tokenizer = tuple(shards), store, dict(counted or {}), tokenizer
+        self._starts = [0, *accumulate(shard.tar.rows for shard in shards)]
+        self._chosen = chosen
+        self._parts, self._files = Recent[Part](_PARTS), Recent[Columns](_FILES)
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return len(self.rows)
+        return self._starts[-1] if self._chosen is None else len(self._chosen)
 
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the open files behind."""
-        return {**self.__dict__, "_files": OrderedDict()}
+    @property
+    def rows(self) -> Rows:
+        """Return the metadata of each sample."""
+        return Rows(self)
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Name every source, sorted."""
-        return tuple(sorted({row.source for row in self.rows}))
+        return self._census[0]
 
     @property
+    def counts(self) -> np.ndarray:
+        """Count the samples by source and shard, int64[sources, shards]."""
+        return self._census[1]
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Identify the rows and the bytes behind them, wherever the files lie."""
+        """Identify the samples and the bytes behind them, wherever the files lie."""
         digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(f"{self._indexes[row.shard].tar_sha256} {row.key}\n".encode())
+        for tar in (shard.tar for shard in self.shards):
+            layout = "" if tar.layout is None else repr(sorted(tar.layout.items()))
+            digest.update(f"{tar.sha256} {tar.rows} {layout}\n".encode())
+        if self._chosen is not None:
+            digest.update(self._chosen.tobytes())
         return digest.hexdigest()[:16]
 
+    # --- looking at rows ---------------------------------------------------------------------------------------------
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Return the shard of a row and its place there. Raises: IndexError."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row = row % len(self) if self._chosen is None else int(self._chosen[row])
+        shard = bisect_right(self._starts, row) - 1
+        return shard, row - self._starts[shard]
+
+    def located(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards and the places there of many rows, int64[n] each."""
+        found = rows if self._chosen is None else self._chosen[rows]
+        shards = np.searchsorted(self._starts, found, side="right") - 1
+        return shards, found - np.asarray(self._starts)[shards]
+
+    def rows_of(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the set's rows that lie in a shard and their places in it, int64[n] each, by place."""
+        start, stop = self._starts[shard], self._starts[shard + 1]
+        if self._chosen is None:
+            return np.arange(start, stop), np.arange(stop - start)
+        order, found = self._by_place
+        first, last = np.searchsorted(found, [start, stop])
+        return order[first:last], found[first:last] - start
+
+    def part(self, shard: int) -> Part:
+        """Return the columns of one shard, all of its samples. Raises: UserError for an index that is damaged."""
+        return self._parts.get(shard, lambda: self._map(shard))
+
+    def _map(self, shard: int) -> Part:
+        opened = self.shards[shard]
+        part = self._files.get(opened.header.path, lambda: Columns(opened.header)).part(opened.slot)
+        if (counted := self._counted.get(shard)) is None:
+            return part
+        return replace(part, text_tokens=counted["text_tokens"], images={**part.images, "image_at": counted["image_at"]})
+
+    @cached_property
+    def _by_place(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self._chosen, kind="stable")
+        return order, self._chosen[order]
+
+    @cached_property
+    def _census(self) -> tuple[tuple[str, ...], np.ndarray]:
+        names = sorted({name for shard in self.shards for name in shard.header.sources})
+        number = {name: place for place, name in enumerate(names)}
+        counts = np.zeros((len(names), len(self.shards)), dtype=np.int64)
+        for place, shard in enumerate(self.shards):
+            sources = [number[name] for name in shard.header.sources]
+            if self._chosen is None:
+                counts[sources, place] = shard.header.counts[shard.slot]
+            elif len(local := self.rows_of(place)[1]):
+                counts[sources, place] = np.bincount(self.part(place).facets["source"][local], minlength=len(sources))
+        shown = counts.any(axis=1)
+        return tuple(name for name, is_there in zip(names, shown.tolist(), strict=True) if is_there), counts[shown]
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
     def read(self, index: int) -> tuple[Sample, tuple[bytes, ...]]:
-        """Return sample `index` and its encoded images. Raises: DataFault truncated, checksum or schema."""
-        row = self.rows[index]
-        record, *images = (self._member(row, member) for member in row.members)
-        sample = sample_from_json(row.key, record)
-        names = tuple(member.name for member in row.members[1:])
-        if sample.images and sample.images != names:
-            raise DataFault("schema", f"{row.key}: the JSON names {sample.images}, the tar holds {names}")
-        if sample.source != row.source:
-            raise DataFault("schema", f"{row.key}: source {sample.source!r}, the index says {row.source!r}")
-        return replace(sample, images=names), tuple(images)
+        """Return sample `index` and its encoded images. Raises: DataFault truncated, checksum, schema or unreadable."""
+        (found,) = self.read_many([index])
+        if isinstance(found, DataFault):
+            raise found
+        return found
 
-    def _member(self, row: Row, member: Member) -> bytes:
-        if row.shard not in self._files:
-            self._files[row.shard] = open(row.shard, "rb")  # noqa: SIM115
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        data = os.pread(self._files[row.shard].fileno(), member.size, member.offset)
-        if len(data) != member.size:
-            raise DataFault("truncated", f"{row.key}.{member.name}: {len(data)} of {member.size} bytes")
-        if zlib.crc32(data) != member.crc32:
-            raise DataFault("checksum", f"{row.key}.{member.name}: CRC32 differs from the index")
-        return data
+    def read_many(self, indices: Sequence[int]) -> list[tuple[Sample, tuple[bytes, ...]] | DataFault]:
+        """Return samples and their encoded images, or what is wrong with them, in the order asked for; all are read together."""
+        places = [self.place(index) for index in indices]
+        return [self._sample(shard, local, found) for (shard, local), found in zip(places, self._checked(places), strict=True)]
 
-    def subset(self, indices: Sequence[int]) -> ShardSet:
-        """Return the same shards with only these rows."""
-        return ShardSet([self.rows[index] for index in indices], self._indexes)
+    def read_raw(self, indices: Sequence[int]) -> list[list[bytes] | DataFault]:
+        """Return the bytes of the members, the record first, of some samples, or what is wrong with them."""
+        return self._checked([self.place(index) for index in indices])
+
+    def _checked(self, places: Sequence[tuple[int, int]], *, last: int | None = None) -> list[list[bytes] | DataFault]:
+        """Read members up to `last` of each sample: in one piece where they are neighbours, as nearly always."""
+        requests, cuts = list[Request](), []
+        for shard, local in places:
+            spans, path = self.part(shard).spans(local)[:last], self.shards[shard].path
+            start, stop = min([offset for offset, _, _ in spans]), max([offset + size for offset, size, _ in spans])
+            if stop - start <= sum([size + _SLACK for _, size, _ in spans]):
+                cuts.append([(len(requests), offset - start, size, crc) for offset, size, crc in spans])
+                requests.append(Request(path, start, stop - start))
+            else:
+                cuts.append([(len(requests) + number, 0, size, crc) for number, (_, size, crc) in enumerate(spans)])
+                requests += [Request(path, offset, size) for offset, size, _ in spans]
+        read, found = self._store.read(requests), list[list[bytes] | DataFault]()
+        for (shard, local), cut in zip(places, cuts, strict=True):
+            pieces = list[bytes]()
+            for number, at, size, crc in cut:
+                data = read[number]
+                piece = data if isinstance(data, DataFault) else data[at : at + size]
+                if fault := _fault(piece, size=size, crc=crc):
+                    name = f"{self.part(shard).keys[local]}.{self.part(shard).member_names(local)[len(pieces)]}"
+                    found.append(DataFault(fault.reason, f"{name}: {fault.detail}"))
+                    break
+                pieces.append(piece)
+            else:
+                found.append(pieces)
+        return found
+
+    def _sample(self, shard: int, local: int, found: list[bytes] | DataFault) -> tuple[Sample, tuple[bytes, ...]] | DataFault:
+        """Build the sample of its members, or say what is wrong with it."""
+        if isinstance(found, DataFault):
+            return found
+        part = self.part(shard)
+        key, names = part.keys[local], part.member_names(local)
+        try:
+            sample = read_member(key, names[0], found[0], images=names[1:], layout=self.shards[shard].tar.layout)
+            if sample.source != (source := part.facet("source", local)):
+                raise DataFault("schema", f"{key}: source {sample.source!r}, the index says {source!r}")
+        except DataFault as fault:
+            return fault
+        return sample, tuple(found[1:])
+
+    # --- other sets of the same shards -------------------------------------------------------------------------------
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> ShardSet:
+        """Return the same shards with only these rows, in this order."""
+        rows = np.asarray(indices, dtype=np.int64)
+        rows = np.arange(len(self))[rows] if self._chosen is None else self._chosen[rows]
+        return ShardSet(self.shards, self._store, chosen=rows, counted=self._counted, tokenizer=self._tokenizer)
+
+    def select(self, wanted: Mapping[str, Sequence[str]], *, strict: bool = True) -> ShardSet:
+        """Keep the rows whose facets all have an allowed value, such as {"task": ["plane", "level"]}.
+
+        Raises: UserError for an unknown facet, for nothing selected and, when strict, for a value that no row has.
+        """
+        if not wanted:
+            return self
+        rows = matching(self, wanted, strict=strict)
+        return self if len(rows) == len(self) else self.subset(rows)
+
+    def only(self, keys: Collection[tuple[str, str]]) -> ShardSet:
+        """Keep the samples named by (tar file, key); of the file the name counts, not the folder. Raises: UserError for none there."""
+        return self.subset(named(self, keys))
 
     def counted_with(self, tokenizer: Tokenizer) -> ShardSet:
-        """Return rows whose `text_tokens` hold for this tokenizer; text of shards indexed with another one is counted again in memory."""
-        stale = {shard for shard, index in self._indexes.items() if index.tokenizer != tokenizer.fingerprint}
-        if not stale:
+        """Return rows whose lengths hold for this tokenizer; text of shards indexed with another one is counted again in memory."""
+        stale = [number for number, shard in enumerate(self.shards) if shard.header.tokenizer != tokenizer.fingerprint]
+        if self._tokenizer == tokenizer.fingerprint or (not stale and not self._counted):
             return self
-        log.info("counting the text of %d shards again: indexed with another tokenizer than %s", len(stale), tokenizer.fingerprint)
-        rows = [replace(row, text_tokens=self._recount(i, tokenizer)) if row.shard in stale else row for i, row in enumerate(self.rows)]
-        return ShardSet(rows, {shard: replace(index, tokenizer=tokenizer.fingerprint) for shard, index in self._indexes.items()})
+        if stale:
+            log.info("counting the text of %d shards again: indexed with another tokenizer than %s", len(stale), tokenizer.fingerprint)
+        counted = {number: self._recount(number, tokenizer) for number in stale}
+        return ShardSet(self.shards, self._store, chosen=self._chosen, counted=counted, tokenizer=tokenizer.fingerprint)
 
-    def _recount(self, index: int, tokenizer: Tokenizer) -> int:
-        row = self.rows[index]
-        try:
-            return count_tokens(sample_from_json(row.key, self._member(row, row.members[0])).messages, tokenizer)
-        except DataFault:  # counted and quarantined when the sample's turn comes
-            return row.text_tokens
-
-
-def open_shards(paths: Sequence[str | Path]) -> ShardSet:
-    """Open shards named by files, folders or globs. Raises: UserError with every problem of every path."""
-    problems: list[str] = []
-    indexes: dict[str, Index] = {}
-    for tar in find_tars(paths, problems):
-        try:
-            indexes[str(tar)] = read_index(tar)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
-    return ShardSet([row for index in indexes.values() for row in index.rows], indexes)
-
-
-def find_tars(paths: Sequence[str | Path], problems: list[str]) -> list[Path]:
-    """List the tars behind files, folders and globs, each once, in a fixed order; what is missing goes to `problems`."""
-    tars: dict[Path, None] = {}
-    for path in map(str, paths):
-        found = sorted(Path(path).glob("*.tar")) if os.path.isdir(path) else sorted(map(Path, glob.glob(path)))
-        if not found and os.path.isfile(path):  # a real name that happens to hold glob characters
-            found = [Path(path)]
-        if not found:
-            problems.append(
-                f"shards={path}: no such .tar file, nor a folder or pattern that holds any; write some with tools/make_shards.py"
-            )
-        tars |= dict.fromkeys(found)
-    return list(tars)
-
-
-# --- indexing and checking -------------------------------------------------------------------------------------------
-
-
-def reindex(tar: Path, *, tokenizer: Tokenizer | None = None) -> Path:
-    """Write the index of any WebDataset tar of this layout; without a tokenizer its text is counted when it is opened.
-
-    Raises: UserError that lists every sample that cannot be indexed, and a tar that ends early.
-    """
-    problems: list[str] = []
-    rows = [row for key, parts in _groups(tar, problems) if (row := _index_sample(tar, key, parts, tokenizer, problems))]
-    if problems:
-        raise UserError("\n".join(problems))
-    write_index(tar, rows, tar_bytes=tar.stat().st_size, sha256=sha256_of(tar), tokenizer=tokenizer)
-    return index_path(tar)
-
-
-def _index_sample(tar: Path, key: str, parts: dict[Member, bytes], tokenizer: Tokenizer | None, problems: list[str]) -> Row | None:
-    members = sorted(parts, key=lambda m: (m.name != "json", int(m.name.split(".")[0]) if _IMAGE_NAME.fullmatch(m.name) else -1))
-    if not members or members[0].name != "json" or any(not _IMAGE_NAME.fullmatch(m.name) for m in members[1:]):
-        problems.append(f"{tar}: {key}: expected one .json and images named .0.jpg, .1.png, ...; found {[m.name for m in members]}")
-        return None
-    try:
-        sample = sample_from_json(key, parts[members[0]])
-        return describe(tar, sample, tuple(members), [parts[m] for m in members[1:]], tokenizer)
-    except DataFault as fault:
-        problems.append(f"{tar}: {fault}")
-        return None
-
-
-def _groups(tar: Path, problems: list[str]) -> Iterator[tuple[str, dict[Member, bytes]]]:
-    """Yield each sample's members as they lie in the tar; a key that comes back and a tar that ends early go to `problems`."""
-    seen: set[str] = set()
-    key, parts = "", dict[Member, bytes]()
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            end = 0
-            for info in archive:
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if info.isreg() else end
-                folder, _, name = info.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not info.isreg() or not dot:
+    def _recount(self, shard: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+        """Count the text of a shard's rows that are in the set."""
+        part, layout = self.part(shard), self.shards[shard].tar.layout
+        tokens, image_at, images = (np.array(a, dtype=np.int64) for a in (part.text_tokens, part.images["image_at"], part.image_bounds))
+        places = np.unique(self.rows_of(shard)[1]).tolist()
+        for start in range(0, len(places), _AT_ONCE):
+            some = places[start : start + _AT_ONCE]
+            for local, found in zip(some, self._checked([(shard, local) for local in some], last=1), strict=True):
+                names = part.member_names(local)
+                try:
+                    if isinstance(found, DataFault):
+                        raise found
+                    record = read_member(part.keys[local], names[0], found[0], images=names[1:], layout=layout)
+                    text = measure_text(record.messages, tokenizer)
+                except DataFault:  # counted and quarantined when the sample's turn comes
                     continue
-                found = f"{folder}/{stem}" if folder else stem
-                if found != key:
-                    if parts:
-                        yield key, parts
-                    if found in seen:
-                        problems.append(f"{tar}: key {found!r} comes back after other samples; members of a sample must be adjacent")
-                    seen.add(found)
-                    key, parts = found, {}
-                data = archive.extractfile(info).read()
-                parts[Member(suffix, info.offset_data, len(data), zlib.crc32(data))] = data
-            if parts:
-                yield key, parts
-        with tar.open("rb") as file:
-            if len(os.pread(file.fileno(), tarfile.BLOCKSIZE, end)) < tarfile.BLOCKSIZE:
-                problems.append(f"{tar}: ends early: no end mark after byte {end}")
-    except (tarfile.TarError, EOFError) as error:
-        problems.append(f"{tar}: ends early or is not a tar ({error})")
+                tokens[local] = text.tokens
+                if len(text.image_at) == len(names) - 1:
+                    image_at[images[local] : images[local + 1]] = text.image_at
+        return {"text_tokens": tokens, "image_at": image_at}
 
 
-def verify(path: str | Path) -> list[str]:
-    """Return every problem of one shard: index against tar, digest, each sample's checksums, schema and placeholders; none means sound."""
-    tar = Path(path)
-    try:
-        shards = open_shards([tar])
-    except UserError as error:
-        return str(error).splitlines()
-    problems: list[str] = []
-    layout = [(key, set(parts)) for key, parts in _groups(tar, problems)]
-    if layout != [(row.key, set(row.members)) for row in shards.rows]:
-        problems.append(f"{tar}: the index lists other members than the tar holds; run `python tools/check_shards.py --reindex {tar}`")
-    if sha256_of(tar) != shards._indexes[str(tar)].tar_sha256:
-        problems.append(f"{tar}: sha256 differs from the index")
-    for number, row in enumerate(shards.rows):
-        try:
-            sample, images = shards.read(number)
-            for image in images:
-                read_image_file(image)
-            placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in sample.messages)
-            if placeholders != len(images):
-                problems.append(f"{tar}: image_mismatch: {row.key}: {placeholders} placeholders, {len(images)} images")
-        except DataFault as fault:
-            problems.append(f"{tar}: {fault}")
-    return problems
+def _fault(data: bytes | DataFault, *, size: int, crc: int) -> DataFault | None:
+    """Say what is wrong with bytes that are not those of the index."""
+    if isinstance(data, DataFault):
+        return data
+    if len(data) != size:
+        return DataFault("truncated", f"{len(data)} of {size} bytes")
+    return None if zlib.crc32(data) == crc else DataFault("checksum", "CRC32 differs from the index")

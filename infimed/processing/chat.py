@@ -60,9 +60,24 @@ def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, *, visual_t
     return [*prompt, *_assistant_header(tokenizer)]
 
 
+@dataclass(frozen=True)
+class TextSize:
+    """What an index keeps of a conversation: with the tokens of its images, length and place of everything follow."""
+
+    tokens: int  # of `render` without its visual tokens: the true length is this plus sum(visual_tokens)
+    image_at: tuple[int, ...]  # for each image the tokens before its run, the image start token included, visual ones of other images not
+
+
+def measure_text(messages: Sequence[Message], tokenizer: Tokenizer) -> TextSize:
+    """Measure a conversation with no visual token at all. Raises: DataFault as `render`."""
+    ids = render(messages, tokenizer, visual_tokens=[1] * _placeholders(messages)).input_ids
+    places = [place for place, id in enumerate(ids) if id == tokenizer.image_id]
+    return TextSize(len(ids) - len(places), tuple(place - before for before, place in enumerate(places)))
+
+
 def count_tokens(messages: Sequence[Message], tokenizer: Tokenizer) -> int:
     """Count the tokens of `render` without its visual tokens: the true length is this plus sum(visual_tokens)."""
-    return len(render(messages, tokenizer, visual_tokens=[0] * _placeholders(messages)).input_ids)
+    return measure_text(messages, tokenizer).tokens
 
 
 def visualise(rendered: Rendered, tokenizer: Tokenizer) -> str:

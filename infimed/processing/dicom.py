@@ -69,8 +69,7 @@ def decode_dicom(data: bytes, *, window: str | tuple[float, float] | None = None
     except DataFault:
         raise
     except Exception as error:  # pydicom converts header values when they are read: any line may meet a malformed one
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataFault("undecodable_image", f"{detail}; expected a complete DICOM image") from error
+        raise _undecodable(error) from error
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
 
 
@@ -85,6 +84,21 @@ def _resolve_window(window: str | tuple[float, float] | None) -> tuple[float, fl
     if window is not None and not (len(window) == 2 and all(isinstance(v, int | float) for v in window) and window[1] >= 1):
         raise UserError(f"window={window!r}, expected (centre, width) with a width of at least 1")
     return window
+
+
+def read_dicom(data: bytes) -> Dataset:
+    """Parse the file, a deflated one within a limit. Raises: DataFault(undecodable_image, image_too_large)."""
+    try:
+        return _read(data)
+    except DataFault:
+        raise
+    except Exception as error:  # see decode_dicom
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: Exception) -> DataFault:
+    detail = " ".join(f"{type(error).__name__}: {error}".split())
+    return DataFault("undecodable_image", f"{detail}; expected a complete DICOM image")
 
 
 def _read(data: bytes) -> Dataset:

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from infimed.contracts import IGNORE_INDEX, DataFault, Message
-from infimed.processing.chat import Rendered, count_tokens, render, render_prompt, visualise
+from infimed.processing.chat import Rendered, count_tokens, measure_text, render, render_prompt, visualise
 from infimed.processing.tokenizer import Tokenizer
 
 THINK = "<think>\n\n</think>\n\n"
@@ -115,6 +115,19 @@ def test_the_length_is_the_counted_tokens_and_the_visual_ones(tiny, name):
     rendered = render(_messages(turns), tiny, visual_tokens=visual_tokens)
     assert len(rendered.input_ids) == count_tokens(_messages(turns), tiny) + sum(visual_tokens)
     assert rendered.input_ids.count(tiny.image_id) == sum(visual_tokens)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("widen", [0, 1, 7])
+def test_the_measured_places_are_where_the_images_run_whatever_their_tokens(tiny, name, widen):
+    turns, visual_tokens, _ = GOLDEN[name]
+    visual_tokens = [count * widen for count in visual_tokens]
+    ids = render(_messages(turns), tiny, visual_tokens=visual_tokens).input_ids
+    text = measure_text(_messages(turns), tiny)
+    starts = [at + sum(visual_tokens[:number]) for number, at in enumerate(text.image_at)]
+    assert [start - 1 for start in starts] == [place for place, id in enumerate(ids) if id == tiny.image_start_id]
+    assert all(ids[start + count] == tiny.image_end_id for start, count in zip(starts, visual_tokens, strict=True))
+    assert text.tokens == len(ids) - sum(visual_tokens)
 
 
 def test_the_prompt_is_a_prefix_of_the_conversation_that_ends_where_learning_starts(tiny):

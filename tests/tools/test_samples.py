@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from infimed.contracts import IMAGE_PLACEHOLDER, Sample
+from infimed.data.index import index_path, read_header
 from infimed.data.shards import open_shards, verify
 from infimed.processing.tokenizer import QWEN3_ADDED, QWEN3_SPECIAL, Tokenizer
 
@@ -95,8 +96,8 @@ def test_shards_agree_with_their_indexes(split: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_text_was_counted_with_todays_tokenizer_and_chat_renderer(split: str) -> None:
     fingerprint = Tokenizer.load(SAMPLES / "tokenizer").fingerprint
-    for path in (SAMPLES / split).glob("*.index.json"):
-        assert json.loads(path.read_text())["header"]["tokenizer"] == fingerprint, "run `python -m tools.build_samples --reindex`"
+    for tar in (SAMPLES / split).glob("*.tar"):
+        assert read_header(str(index_path(tar)), tar.name).tokenizer == fingerprint, "run `python -m tools.build_samples --reindex`"
 
 
 def test_no_patient_and_no_picture_is_in_two_splits() -> None:
