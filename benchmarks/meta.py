@@ -84,6 +84,7 @@ def plan(model: dict) -> dict:
     """Count the operations and memory of one row a stage, and lay out an epoch of rows."""
     import mixes
 
+    from infimed.data.catalogue import Table
     from infimed.data.plan import Plan
     from infimed.processing.flops import Work, flops, shape_of
     from infimed.processing.memory import MemoryPlan, memory
@@ -97,7 +98,7 @@ def plan(model: dict) -> dict:
         }
         for stage, trained in STAGES.items()
     }
-    rows = [pack.tokens for step in Plan(lengths, sources=["all"] * SAMPLES, max_tokens=MAX_TOKENS, epochs=1) for pack in step.hands[0]]
+    rows = [pack.tokens for step in Plan(Table(lengths), max_tokens=MAX_TOKENS, epochs=1) for pack in step.hands[0]]
     assert sum(rows) == lengths.sum()
     return {"stages": stages, "rows": len(rows), "fill": sum(rows) / (len(rows) * MAX_TOKENS)}
 

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from infimed.contracts import IGNORE_INDEX, Images, borders
+from infimed.data.catalogue import Table
 from infimed.data.packing import exact_fill
 from infimed.data.plan import Plan
 from infimed.models.attention import PACKED
@@ -85,7 +86,7 @@ def choose(mix: str, count: int) -> tuple[np.ndarray, dict]:
 def stream_fill(mix: str, max_tokens: int) -> float:
     """Return how full the rows of our plan are over a long stream."""
     tokens = MIXES[mix](STREAM).sum(1) + mixes.EXTRA
-    plan = Plan(tokens, sources=["all"] * len(tokens), max_tokens=max_tokens, epochs=1)
+    plan = Plan(Table(tokens), max_tokens=max_tokens, epochs=1)
     rows = [pack.tokens for step in plan for hand in step.hands for pack in hand]
     return sum(rows) / (len(rows) * max_tokens)
 
