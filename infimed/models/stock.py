@@ -36,7 +36,7 @@ def load_stock(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_processor(folder: Path, resolution: Resolution) -> tuple[ProcessorMixin, str]:
-    """Load what turns a conversation into numbers, its pictures resized by Pillow as in training, and say what it is."""
+    """Load what turns a conversation into numbers, its pictures resized by Pillow as in evaluation and chat, and say what it is."""
     if resolution.image_size is not None:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         processor.image_processor = SiglipImageProcessorPil.from_pretrained(folder, local_files_only=True)

@@ -8,7 +8,19 @@ import torch
 from PIL import Image, ImageOps
 
 from infimed.contracts import DataFault
-from infimed.processing.image import decode_image, image_size, normalise, patchify, resize, to_images, unpatchify
+from infimed.processing.image import (
+    BICUBIC,
+    BILINEAR,
+    cut,
+    decode_image,
+    fit,
+    image_size,
+    normalise,
+    patchify,
+    resize,
+    to_images,
+    unpatchify,
+)
 from infimed.processing.resolution import Resolution
 
 
@@ -103,6 +115,13 @@ def test_16_bit_grey_is_stretched_from_its_darkest_to_its_brightest(format):
     assert all(channel.tolist() == [[0, 64], [128, 255]] for channel in decoded)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 2**16), (900, 5000), (65_000, 2**16)])
+def test_the_table_for_16_bits_gives_what_the_formula_gives(low, high):
+    values = np.random.default_rng(low).integers(low, high, (50, 60), dtype=np.uint16)
+    expected = np.rint((values.astype(float) - values.min()) * (255 / (float(values.max()) - values.min())))
+    assert all(np.array_equal(channel.numpy(), expected) for channel in decode_image(_file(Image.fromarray(values), "PNG")))
+
+
 def test_a_constant_16_bit_picture_is_black():
     assert not decode_image(_file(Image.fromarray(np.full((4, 4), 4000, np.uint16)), "PNG")).any()
 
@@ -187,8 +206,88 @@ def test_resize_and_normalise_equal_the_siglip_processor(shape, channels):
         resized = resize(image, size, size)
         assert resized.shape == (3, size, size)
         assert resized.dtype == torch.uint8
-        assert resized.is_contiguous()
-        assert (normalise(resized) - expected).abs().max() <= 2 / 255 + 1e-6  # 1/255 of the range [0, 1] is 2/255 of [-1, 1]; measured 0
+        assert resized.permute(1, 2, 0).is_contiguous()
+        assert (normalise(resized) - expected).abs().max() < 1e-6
+
+
+def _patterns(height: int, width: int) -> dict[str, np.ndarray]:
+    """Draw what resizing finds hard: uint8[height, width, 3] with edges everywhere, at random or in step, and what it usually meets."""
+    y, x = np.mgrid[:height, :width]
+    draw = np.random.default_rng(height * 10_000 + width)
+    slopes = np.stack([128 + 60 * np.sin(x / (37 + 9 * i)) + 50 * np.cos(y / (29 + 5 * i)) for i in range(3)], axis=-1)
+    return {
+        "noise": draw.integers(0, 256, (height, width, 3), dtype=np.uint8),
+        "black and white noise": (draw.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8),
+        "checkerboard": np.repeat(((x + y) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2),
+        "oblong checks": np.repeat(((x // 3 + y // 2) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2),
+        "stripes": np.broadcast_to(draw.integers(0, 256, (1, width, 3), dtype=np.uint8), (height, width, 3)).copy(),
+        "photo": np.clip(slopes + draw.normal(0, 8, slopes.shape), 0, 255).astype(np.uint8),
+    }
+
+
+# Whole and odd ratios, pictures of one line, one pass alone, rows first, columns first: the last two are on either side of Pillow's rule.
+_SHRINKING = [
+    *[((448, 448), (378, 378)), ((520, 600), (384, 384)), ((901, 90), (84, 84)), ((700, 400), (378, 378)), ((400, 700), (378, 378))],
+    *[((900, 384), (384, 384)), ((384, 900), (384, 384)), ((333, 1), (20, 1)), ((1, 333), (1, 20)), ((1013, 417), (462, 196))],
+    *[((700, 539), (378, 378)), ((701, 539), (378, 378))],
+]
+
+
+_GROWING = [((224, 224), (378, 378)), ((100, 300), (378, 378)), ((300, 100), (196, 462)), ((28, 28), (384, 384)), ((300, 20), (301, 420))]
+
+
+@pytest.mark.parametrize(
+    ("how", "shapes", "some", "twice"),
+    [  # measured: 0.021 and 5.1e-6, 0.0019 and 0, 0.0052 and 2.5e-5, 0.0080 and 2.6e-7
+        (BICUBIC, _SHRINKING, 0.03, 1e-5),
+        (BILINEAR, _SHRINKING, 0.003, 0.0),
+        (BICUBIC, _GROWING, 0.008, 5e-5),
+        (BILINEAR, _GROWING, 0.012, 1e-6),
+    ],
+)
+def test_the_fast_resize_is_pillows_but_for_few_values_and_those_by_little(how, shapes, some, twice):
+    off, values = np.zeros(256, np.int64), 0
+    for shape, (height, width) in shapes:
+        for name, pixels in _patterns(*shape).items():
+            fast = _hwc(resize(torch.from_numpy(pixels).permute(2, 0, 1), height, width, how, fast=True)).astype(int)
+            apart = np.abs(fast - np.asarray(Image.fromarray(pixels).resize((width, height), how)))
+            assert apart.max() <= 2, (name, shape)  # rows always first: 30
+            off += np.bincount(apart.ravel(), minlength=256)
+            values += apart.size
+    assert off[1:].sum() / values <= some
+    assert off[2] / values <= twice
+
+
+def test_the_fast_resize_leaves_machines_without_avx_to_pillow(monkeypatch):
+    image = torch.from_numpy(_noise(40, 60)).permute(2, 0, 1)
+    monkeypatch.setattr("infimed.processing.image._resize_with_torch", lambda *_: pytest.fail("torch"))
+    monkeypatch.setattr("infimed.processing.image._TORCH_IS_FASTER", False)
+    assert torch.equal(resize(image, 20, 30, fast=True), resize(image, 20, 30))
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="Pillow is as fast on this machine")
+def test_only_the_fast_resize_leaves_pillow(monkeypatch):
+    image = torch.from_numpy(_noise(40, 60)).permute(2, 0, 1)
+    exact = resize(image, 20, 30)
+    monkeypatch.setattr("infimed.processing.image._resize_with_torch", lambda *_: pytest.fail("torch"))
+    assert torch.equal(resize(image, 20, 30), exact)
+    monkeypatch.undo()
+    monkeypatch.setattr("infimed.processing.image._resize_with_pillow", lambda *_: pytest.fail("Pillow"))
+    grey = image[:1].expand(3, -1, -1)
+    for picture in (image, image.contiguous(), image.transpose(1, 2), grey):  # any memory layout
+        resized = resize(picture, 20, 30, fast=True)
+        assert torch.equal(resized, resize(picture.permute(1, 2, 0).contiguous().permute(2, 0, 1), 20, 30, fast=True))
+    assert torch.equal(resize(grey, 20, 30, fast=True)[:1].expand(3, -1, -1), resize(grey, 20, 30, fast=True))
+    assert resize(image, 20, 30, fast=True).permute(1, 2, 0).is_contiguous()  # cutting it is one copy then
+    assert resize(image, 40, 60, fast=True) is image
+
+
+@pytest.mark.parametrize("place", [(0, 0), (33, 7), (99, 59)])
+def test_one_pixel_in_colour_makes_a_picture_one_in_colour(place):
+    pixels = np.repeat(_noise(100, 60, channels=1), 3, axis=2)
+    pixels[place] = (200, 30, 30)
+    resized = resize(torch.from_numpy(pixels).permute(2, 0, 1), 50, 40)
+    assert np.array_equal(_hwc(resized), np.asarray(Image.fromarray(pixels).resize((40, 50), BICUBIC)))
 
 
 def test_normalise_maps_every_byte_as_the_siglip_processor_does():
@@ -227,6 +326,38 @@ def test_patches_of_any_aspect_equal_those_of_the_siglip2_processor(shape):
     expected = processor(resized, max_num_patches=images.patches.shape[0])
     assert images.grids == (tuple(map(int, expected["spatial_shapes"][0])),)
     assert (normalise(images.patches) - torch.as_tensor(expected["pixel_values"][0])).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "planar", "turned"])
+def test_cut_lays_the_patches_of_all_pictures_end_to_end(layout):
+    first, second = (torch.from_numpy(_noise(height, width)).permute(2, 0, 1) for height, width in ((13, 22), (8, 9)))
+    if layout == "planar":
+        first, second = first.contiguous(), second.contiguous()
+    if layout == "turned":
+        first, second = first.transpose(1, 2).flip(1), second.transpose(1, 2).flip(1)
+    images = cut([first, second], 4)
+    assert images.grids == (((3, 5), (2, 2)) if layout != "turned" else ((5, 3), (2, 2)))
+    assert torch.equal(images.patches, torch.cat([patchify(first, 4), patchify(second, 4)]))
+    rows, columns = images.grids[0]
+    assert torch.equal(unpatchify(images.patches[:15], images.grids[0]), first[:, : rows * 4, : columns * 4])
+    assert cut([], 4).patches.shape == (0, 48)
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 37), (500, 1), (640, 480), (20, 30)])
+@pytest.mark.parametrize("square", [True, False])
+def test_fit_makes_the_pixels_and_patches_that_were_planned(width, height, square):
+    kind = {"image_size": 56, "visual_grid": 2} if square else {"pool": 2, "min_visual_tokens": 4, "max_visual_tokens": 64}
+    resolution = Resolution(patch_size=14, **kind)
+    picture = torch.from_numpy(_noise(height, width)).permute(2, 0, 1)
+    if not resolution.fits(width, height):
+        pytest.skip("refused, see below")
+    size, how = resolution.size(width, height), BICUBIC if square else BILINEAR
+    for fast in (False, True):
+        fitted = fit(picture, resolution, fast=fast)
+        assert torch.equal(fitted, resize(picture, *size, how, fast=fast))
+        assert fitted.shape == (3, *size)
+        assert cut([fitted], 14).grids == (resolution.grid(width, height),)
+    assert torch.equal(cut([fit(picture, resolution)], 14).patches, to_images([picture], resolution).patches)
 
 
 def test_a_picture_that_is_a_thread_is_refused():
