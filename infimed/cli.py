@@ -39,6 +39,9 @@ def main(task: Callable[[DictConfig], object], config_name: str) -> None:
         raise  # a constructor failed for a reason that is ours
     except (HydraException, OmegaConfBaseException) as error:
         _exit(_explain(str(error), config_name))
+    except BrokenPipeError:  # `| head`, or a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # Hydra could not make the run's folder
         _exit(_mistake(error) or f"{error.strerror}: {error.filename}; set run_dir to a folder that can be written")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import abc
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from infimed.contracts import UserError
+from infimed.data.store import is_remote
 from infimed.models.hub import OWNERS, dimension_problems, find_folder, is_hub_name
 from infimed.processing.resolution import Resolution
 
@@ -152,8 +154,9 @@ def lay_over(config: DictConfig, diff: dict[str, Any]) -> DictConfig:
     """Lay a diff over a page before anything is resolved; in the open dictionaries a null takes an entry away."""
     page = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(config)), diff)
     for section, key in (("data", "select"), ("data", "mixture"), ("system", "component_lr")):
-        for name in [n for n, value in (page[section].get(key) or {}).items() if value is None]:
-            del page[section][key][name]
+        given = page[section].get(key)
+        for name in [n for n, value in given.items() if value is None] if OmegaConf.is_dict(given) else ():
+            del given[name]
     return page
 
 
@@ -190,8 +193,6 @@ def check(stage: Stage, *, first: bool) -> list[str]:
     rows = stage.data.get("packs_per_batch", 1)
     if isinstance(rows, int) and rows > 0 and (stage.global_batch < 1 or stage.global_batch % rows):
         problems.append(f"global_batch={stage.global_batch} is not a positive multiple of data.packs_per_batch={rows}")
-    if stage.data.get("isolate") is False and stage.data.get("packs_per_batch", 1) != 1:
-        problems.append("data.isolate=false lets a whole row see itself, so rows cannot share a batch: expected data.packs_per_batch=1")
     if any(stage.weights.values()) and not all(stage.weights.values()) and not stage.init_from:
         problems.append("weights: give both vision and language, or neither")
     if stage.max_steps is None and stage.data.get("epochs") is None:
@@ -207,7 +208,7 @@ def missing_shards(patterns: Sequence[str], option: str, tokenizer: str) -> list
         f"{option} names {pattern}, which does not exist: make shards with "
         f"`python tools/make_shards.py INPUT.jsonl --images DIR --out {pattern} --tokenizer {tokenizer}`"
         for pattern in patterns
-        if not glob(pattern)
+        if not is_remote(str(pattern)) and not glob(pattern)  # what is remote is looked at when it is opened
     ]
 
 
@@ -286,11 +287,22 @@ def _fits(value: object, hint: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is str:
         return isinstance(value, str)
+    if get_origin(hint) in (dict, abc.Mapping):
+        return isinstance(value, Mapping)
+    if get_origin(hint) in (list, abc.Sequence):
+        return isinstance(value, Sequence) and not isinstance(value, str)
     return True
 
 
 def _spell(hint: object) -> str:
-    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+    """Say what a value may be as one would write it."""
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(_spell, get_args(hint)))
+    if get_origin(hint) in (dict, abc.Mapping):
+        return f"{{name: {_spell(get_args(hint)[1])}}}"
+    if get_origin(hint) in (list, abc.Sequence):
+        return f"[{_spell(get_args(hint)[0])}, ...]"
+    return "None" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:

@@ -139,6 +139,8 @@ class Pack:
 
     rows: tuple[int, ...]
     tokens: int  # sum of their lengths
+    spans: tuple[tuple[int, int], ...] = ()  # tokens [start, stop) that each shows; empty, as nearly always: all of each
+    number: int = 0  # of all packs of the plan, whatever the world size; 0 for one that holds nothing
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,10 @@ class Batch:
     tokens: int  # tokens that are not padding
     visual_tokens: int
     supervised_tokens: int  # labels that are not IGNORE_INDEX
+    source_tokens: tuple[int, ...] = ()  # tokens of each of `sources`
     faults: Mapping[str, int] = field(default_factory=dict)  # `source/reason` -> count of this batch's quarantined samples
+    holes: tuple[int, ...] = ()  # places of these among all samples that the plan put here, in row order
+    position: Mapping[str, object] | None = None  # where the plan stands once this batch is consumed (`data.plan.PlanState`)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Put every tensor through `change`."""

@@ -13,12 +13,14 @@ from omegaconf import DictConfig
 
 from infimed import cli
 from infimed.config import Stage, run_folder, stages
+from infimed.data.packing import Price
 from infimed.evaluate import evaluate
 from infimed.models.adapters import add_adapters
 from infimed.models.attention import resolve
 from infimed.models.compile import compile_blocks
 from infimed.models.vlm import InfiMed
 from infimed.models.weights import check_vocabulary, load_checkpoint, load_hub_folders
+from infimed.processing.flops import prices
 from infimed.processing.tokenizer import Tokenizer
 from infimed.training import run
 from infimed.training.checkpoint import AtomicCheckpointIO
@@ -54,6 +56,8 @@ def fit(stage: Stage) -> dict[str, float]:
     run.seed_everything(stage.seed)
     data = instantiate(stage.data)
     data.trainer = trainer  # Lightning would set it in fit; the plan needs the ranks and the limit before
+    if resume is not None:
+        data.load_state_dict(run.data_position(resume))
     batches = len(data.train_dataloader())
     total_steps = math.ceil(batches / trainer.accumulate_grad_batches)
     model = instantiate(stage.model, image_token_id=data.tokenizer.image_id)
@@ -65,6 +69,8 @@ def fit(stage: Stage) -> dict[str, float]:
     system.stored = {"config": asdict(stage), "tokenizer": data.tokenizer.fingerprint}
     print(system.describe(), model.resolution.describe(), data.describe(), sep="\n")
     print(run.cost(system, stage.model, data.first_batch(), batches=batches * trainer.world_size), flush=True)
+    if system.shape is not None:  # ranks share rows by what they cost; a resumed run goes on with the prices it was saved with
+        data.reprice(Price(**prices(system.shape, trained=system.trainable)))
     if stage.compile == "yes" or (stage.compile == "auto" and device.type == "cuda"):
         compile_blocks(model)
     trainer.fit(system, datamodule=data, ckpt_path=resume, weights_only=True)

@@ -89,6 +89,30 @@ def test_a_mistake_names_the_option_and_the_fix(tmp_path, extra, said):
     assert said in mistakes(tmp_path, extra)
 
 
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("data.mixture=abc", "data.mixture='abc': expected {name: float} | None"),
+        ("data.shares=[a,b]", "data.shares=['a', 'b']: expected {name: float} | None"),
+        ("data.max_passes=abc", "data.max_passes='abc': expected float | {name: float} | None"),
+        ("data.curriculum=5", "data.curriculum=5: expected [{name: object}, ...] | None"),
+        ("data.select=abc", "data.select='abc': expected {name: [str, ...]} | None"),
+        ("data.only=abc", "data.only='abc': expected [str | Path, ...] | None"),
+        ("system.trainable=projector", "system.trainable='projector': expected [str, ...]"),
+    ],
+)
+def test_lists_and_mappings_are_checked(tmp_path, extra, said):
+    assert said in mistakes(tmp_path, extra)
+
+
+def test_remote_shards_are_looked_at_when_they_are_opened(tmp_path):
+    stages(configured(tiny(tmp_path, tmp_path / "run", "data.train=['s3://bucket/train']", "data.val=[]")))
+
+
+def test_limits_of_faults_are_options():
+    assert configured(["experiment=quickstart", "data.max_fault_rate=0.1", "data.min_seen=9", "data.max_faults_in_a_row=5"])
+
+
 def test_all_mistakes_come_at_once(tmp_path):
     said = mistakes(tmp_path, "tokenizer=nowhere", "max_steps=null", "data.epochs=null", "global_batch=3", "data.packs_per_batch=2")
     assert len(said.splitlines()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
@@ -19,19 +20,26 @@ def collate(
     resolution: Resolution,
     sources: Sequence[str],
     step: int,
-    isolate: bool = True,
+    merged: Sequence[int] | None = None,
     faults: Mapping[str, int] | None = None,
+    holes: Sequence[int] = (),
+    position: Mapping[str, object] | None = None,
 ) -> Batch:
     """Lay samples end to end and pad the row to `row_tokens` (T) with one last segment, so that shapes never change.
 
-    isolate: positions restart and every sample is a segment; otherwise the parent's way, where all samples
-    are one segment with positions running on and attention crosses from one to the next.
+    merged: how many samples each pack holds, for the parent's way, where a pack is one segment: positions run on and attention
+    crosses from one sample to the next. None: positions restart and every sample is a segment.
     """
     lengths = [len(sample.input_ids) for sample in encoded]
     used, numbers = sum(lengths), {source: number for number, source in enumerate(sources)}
     assert used <= row_tokens, f"{used} tokens planned into a row of {row_tokens}"
     assert all(sample.labels[0] == IGNORE_INDEX for sample in encoded), "a first label that is learned from would cross a segment border"
-    lengths = lengths if isolate or not used else [used]
+    source_tokens = [0] * len(sources)
+    for sample, length in zip(encoded, lengths, strict=True):
+        source_tokens[numbers[sample.source]] += length
+    if merged is not None:
+        left = iter(lengths)
+        lengths = [total for count in merged if (total := sum(islice(left, count)))]
     segments = [length for length in (*lengths, row_tokens - used) if length]
     source_ids = [torch.full((len(sample.input_ids),), numbers[sample.source]) for sample in encoded]
     labels = _row([sample.labels for sample in encoded], row_tokens, IGNORE_INDEX)
@@ -53,7 +61,10 @@ def collate(
         tokens=used,
         visual_tokens=sum(resolution.tokens(grid) for grid in images.grids),
         supervised_tokens=len(rows),
+        source_tokens=tuple(source_tokens),
         faults=dict(faults or {}),
+        holes=tuple(holes),
+        position=position,
     )
 
 

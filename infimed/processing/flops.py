@@ -249,6 +249,16 @@ def flops(shape: ModelShape, work: Work, *, trained: Collection[str]) -> Flops:
     )
 
 
+def prices(shape: ModelShape, *, trained: Collection[str]) -> dict[str, float]:
+    """Return what a row's cost is made of, for dealing rows to ranks: operations by token, length ** 2, patch and patches ** 2 of an image.
+
+    The head and the projector are left out: what is supervised is not known from metadata, and visual tokens are tokens.
+    """
+    one = {name: float(flops(shape, Work(**{name: 1}), trained=trained).total) for name in ("tokens", "pairs", "patches", "patch_pairs")}
+    # l * (l + 1) / 2 pairs a segment: half a pair by l ** 2 and half by l
+    return {"token": one["tokens"] + one["pairs"] / 2, "pair": one["pairs"] / 2, "patch": one["patches"], "patch_pair": one["patch_pairs"]}
+
+
 def six_nd(shape: ModelShape, work: Work) -> int:
     """Return the usual rule of thumb, 6 x parameters x tokens: 0.75 to 1.64 times the truth over the stages in the tests."""
     return 6 * shape.parameters * work.tokens

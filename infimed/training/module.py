@@ -12,6 +12,7 @@ from infimed.contracts import COMPONENTS, Batch, UserError
 from infimed.models.loss import Loss
 from infimed.models.vlm import InfiMed
 from infimed.processing.flops import ModelShape
+from infimed.training.checkpoint import POSITION, in_mid_step, recount
 from infimed.training.freezing import set_trainable
 from infimed.training.optim import adamw, describe, parameter_groups
 
@@ -85,6 +86,7 @@ class TrainModule(lightning.LightningModule):
         self.val_tally = Tally.empty(self.sources)
         self.shape: ModelShape | None = None  # what throughput counts FLOPs by; None: nobody knows
         self.silent = 0  # micro-batches so far without a supervised token, on this rank
+        self.position: Mapping[str, object] = {}  # of the data, where the optimizer step under way began
         self.step_sums = torch.full((2, 1), float("nan"), dtype=torch.float64)  # of the latest optimizer step, over all ranks
 
     def describe(self) -> str:
@@ -145,13 +147,25 @@ class TrainModule(lightning.LightningModule):
         self.log("val/loss", metrics["val/loss"], logger=False)  # for checkpoints and sweeps
         self._log(metrics)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Remember where the data stands when an optimizer step begins."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.position = self.trainer.datamodule.state_dict()
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Put what the run was beside the weights."""
+        """Put what the run was beside the weights.
+
+        Between two optimizer steps the data position goes back to the last one: gradients are not saved, so the micro-batches that made
+        them have to come again. Lightning itself saves there, in the first micro-batch after a resume.
+        """
         checkpoint["infimed"] = {**self.stored, "world_size": self.trainer.world_size, "last_loss": self.last_loss}
+        if in_mid_step(self.trainer):
+            checkpoint[POSITION] = self.position
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Remember the loss of the step that was saved, in case none is left to take."""
+        """Remember the loss of the step that was saved, in case none is left to take, and count micro-batches as this run cuts them."""
         self.step_sums = torch.tensor([[checkpoint["infimed"]["last_loss"]], [1.0]], dtype=torch.float64)
+        recount(checkpoint, accumulation=self.trainer.accumulate_grad_batches)
 
     def _loss(self, batch: Batch) -> Loss:
         return self.model(

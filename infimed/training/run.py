@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections.abc import Mapping
@@ -17,9 +18,21 @@ from infimed.contracts import Batch, UserError
 from infimed.models.adapters import is_adapter
 from infimed.models.checkpoints import read_checkpoint
 from infimed.processing.flops import Work, describe, flops, shape_of
+from infimed.training.checkpoint import POSITION
 from infimed.training.module import TrainModule
 
+log = logging.getLogger(__name__)
+
 DONE = "done.json"
+FREE = frozenset(
+    {
+        "system.log_every",
+        *(f"data.{name}" for name in ("train", "val", "tokenizer", "quarantine_path", "packs_per_batch")),
+        *(f"data.{name}" for name in ("num_workers", "prefetch", "prefetch_mb", "read_threads", "cache", "cache_gb", "access")),
+        *(f"data.{name}" for name in ("max_fault_rate", "min_seen", "max_faults_in_a_row")),
+    }
+)
+"""Options that may differ from one start of a run to the next."""
 
 
 def seed_everything(seed: int) -> None:
@@ -81,6 +94,8 @@ def accumulation(*, global_batch: int, packs_per_batch: int, world_size: int) ->
 def resume_point(stage: Mapping, *, world_size: int) -> str | None:
     """Return the checkpoint that an earlier run left in the stage's folder, if any.
 
+    Ranks and rows a rank may have changed: the global batch decides which samples an optimizer step sees.
+
     Args:
         stage: the stage's configuration.
 
@@ -90,9 +105,8 @@ def resume_point(stage: Mapping, *, world_size: int) -> str | None:
     path = Path(stage["folder"]) / "last.ckpt"
     if not path.is_file():
         return None
-    stored = read_checkpoint(path)["infimed"]
-    before = {**_decisive(stored["config"]), "ranks": stored["world_size"]}
-    now = {**_decisive(stage), "ranks": world_size}
+    stored = read_checkpoint(path, mmap=True)["infimed"]
+    before, now = _decisive(stored["config"]), _decisive(stage)
     if different := [
         f"{key}: {before.get(key)} then, {now.get(key)} now" for key in sorted(before | now) if before.get(key) != now.get(key)
     ]:
@@ -101,14 +115,28 @@ def resume_point(stage: Mapping, *, world_size: int) -> str | None:
             + "\n  ".join(different)
             + "\nuse the same ones, or another run_dir (with init_from to start from these weights)"
         )
+    if stored["world_size"] != world_size:
+        log.warning(
+            "%s: %d ranks then, %d now; optimizer steps see the same samples as ever, their losses differ by rounding alone",
+            path,
+            stored["world_size"],
+            world_size,
+        )
     return str(path)
 
 
+def data_position(path: str) -> dict[str, object]:
+    """Return where the data stood: it knows the length of the plan, which would have to be simulated before Lightning restores it."""
+    return read_checkpoint(Path(path), mmap=True).get(POSITION, {})
+
+
 def _decisive(stage: Mapping) -> dict[str, object]:
-    """Flatten the options that decide what is computed; workers, logging and places are free to change."""
-    free = {"data.num_workers", "data.prefetch", "data.train", "data.val", "data.tokenizer", "data.quarantine_path", "system.log_every"}
+    """Flatten the options that decide what is computed; how data are fetched and dealt, logging and places are free to change.
+
+    Other shards in the places are found out by the data position's fingerprint.
+    """
     picked = {name: stage[name] for name in ("seed", "max_steps", "global_batch", "model", "adapters", "data", "system")}
-    return {key: value for key, value in flat(picked).items() if key not in free}
+    return {key: value for key, value in flat(picked).items() if key not in FREE}
 
 
 def flat(node: Mapping, at: str = "") -> dict[str, object]:

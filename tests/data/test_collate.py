@@ -66,10 +66,24 @@ def test_no_label_crosses_a_border_and_padding_is_never_learned(encoded):
 
 
 def test_the_parents_way_is_one_segment_with_positions_running_on(encoded):
-    batch = row(encoded, isolate=False)
+    batch = row(encoded, merged=[len(encoded)])
     assert batch.cu_seqlens.tolist() == [0, batch.tokens, 256]
     assert batch.position_ids[0, : batch.tokens].tolist() == list(range(batch.tokens))
     assert torch.equal(batch.labels, row(encoded).labels)
+
+
+def test_merged_packs_of_a_batch_do_not_see_each_other(encoded):
+    lengths = [len(sample.input_ids) for sample in encoded]
+    batch = row(encoded, merged=[1, 0, len(encoded) - 1])
+    assert batch.lengths == (lengths[0], sum(lengths[1:]))
+    assert batch.cu_seqlens.unique().tolist() == [0, lengths[0], sum(lengths), 256]
+
+
+def test_tokens_are_counted_by_source(encoded):
+    batch = row(encoded)
+    assert sum(batch.source_tokens) == batch.tokens
+    for number, source in enumerate(batch.sources):
+        assert batch.source_tokens[number] == sum(len(sample.input_ids) for sample in encoded if sample.source == source)
 
 
 def test_a_full_row_has_no_padding_segment_and_an_empty_one_nothing_else(encoded):

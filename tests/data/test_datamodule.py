@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from itertools import islice
 
 import lightning
@@ -11,7 +12,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from infimed.contracts import UserError
+from infimed.data.catalogue import Table
+from infimed.data.facts import count_facts
+from infimed.data.plan import PRICE, Plan
+from infimed.data.reader import largest_batch
 from infimed.data.shards import open_shards
+from infimed.processing.augment import Jitter
 
 
 def as_bytes(batch) -> tuple:
@@ -56,7 +62,7 @@ def test_the_position_counts_consumed_batches_not_those_prepared_ahead(make_modu
     stream = iter(module.train_dataloader())
     module.consumed(next(stream))
     next(stream)
-    assert module.state_dict()["step"] == 1
+    assert module.state_dict()["packs"] == 2
     with pytest.raises(RuntimeError, match="one is missing or came twice"):
         module.consumed(next(stream))
 
@@ -90,9 +96,9 @@ def test_selection_and_mixture_reach_the_stream(make_module):
 
 
 def test_validation_shows_each_sample_once_in_order_and_leaves_the_position_alone(make_module, shards_path):
-    module = make_module(val=[shards_path / "shard-000001.tar"], max_tokens=512, packing="unpacked", packs_per_batch=1)
+    module = make_module(val=[shards_path / "shard-000001.tar"], max_tokens=512, packing="padded", packs_per_batch=1)
     assert [batch.keys for batch in module.val_dataloader()] == [(f"s{n:05d}",) for n in range(20, 40)]
-    assert module.state_dict()["step"] == 0
+    assert module.state_dict()["packs"] == 0
     assert next(iter(module.val_dataloader())).sources == next(iter(module.train_dataloader())).sources == module.sources
     assert make_module().val_dataloader() == []
 
@@ -103,7 +109,8 @@ def test_facts_agree_with_the_stream(make_module):
     assert facts.samples == sum(len(batch.keys) for batch in batches)
     assert facts.tokens == sum(batch.tokens for batch in batches)
     assert facts.visual_tokens == sum(batch.visual_tokens for batch in batches)
-    assert facts.steps_per_epoch == len(batches)
+    assert facts.steps == len(batches)
+    assert facts.whole
     assert facts.utilisation == pytest.approx(facts.tokens / (len(batches) * 160))
     assert sum(facts.overlong.values()) == 60 - facts.samples > 0
 
@@ -125,6 +132,72 @@ def test_facts_agree_with_the_stream(make_module):
 def test_a_users_mistake_is_named(make_module, changes, said):
     with pytest.raises(UserError, match=said):
         make_module(**changes).train_dataloader()
+
+
+def test_what_a_longer_row_would_hold_is_listed_and_can_be_trained_on_alone(make_module, tmp_path):
+    short = make_module(max_tokens=40)
+    count = short.write_overlong(tmp_path / "overlong.jsonl")
+    longer = make_module(max_tokens=512, only=[tmp_path / "overlong.jsonl"])
+    listed = [json.loads(line)["key"] for line in (tmp_path / "overlong.jsonl").read_text().splitlines()]
+    assert 0 < count == len(listed) < 60
+    assert keys(longer.train_dataloader()) == Counter(listed)
+    with pytest.raises(UserError, match=r"only=nowhere\.jsonl: expected JSON lines"):
+        make_module(only=["nowhere.jsonl"]).setup()
+
+
+def test_pieces_of_a_split_sample_teach_every_token_once(make_module):
+    whole, split = make_module(max_tokens=512), make_module(max_tokens=40, on_overflow="split")
+    short = make_module(max_tokens=40)
+    learned = [sum(batch.supervised_tokens for batch in module.train_dataloader()) for module in (whole, split, short)]
+    assert learned[0] == learned[1] > learned[2]
+    images = [sum(len(batch.images) for batch in module.train_dataloader()) for module in (whole, split)]
+    assert images[0] == images[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shares_that_change_on_the_way_take_effect_at_the_next_batch_and_survive_a_resume(make_module, workers):
+    def stream(module, count):
+        for batch in islice(module.train_dataloader(), count):
+            module.consumed(batch)
+            yield batch
+
+    settings = {"epochs": None, "max_steps": 30, "shares": {"alpha": 1, "beta": 1, "gamma": 1}, "num_workers": workers, "buffer": 4}
+    module, seen = make_module(**settings), []
+    for number, batch in enumerate(stream(module, 30)):
+        if number == 9:
+            module.reweigh({"alpha": 1, "beta": 0, "gamma": 0})
+            state = json.loads(json.dumps(module.state_dict()))
+        seen.append(as_bytes(batch))
+        last = batch
+    assert set(last.keys) <= {f"s{n:05d}" for n in range(0, 60, 3)}  # alpha alone, once the buffer has run out of the others
+    resumed = make_module(**settings)
+    resumed.load_state_dict(state)
+    assert [as_bytes(batch) for batch in stream(resumed, 30)] == seen[10:]
+    with pytest.raises(UserError, match="only where max_steps ends training"):
+        make_module().reweigh({"alpha": 1})
+
+
+def test_augmentation_follows_the_sample_not_the_worker(make_module):
+    jitter = Jitter(brightness=0.3)
+    cases = ((0, None), (0, jitter), (2, jitter))
+    modules = [make_module(epochs=2, num_workers=workers, augment=augment) for workers, augment in cases]
+    plain, *augmented = ([as_bytes(batch) for batch in module.train_dataloader()] for module in modules)
+    assert augmented[0] == augmented[1] != plain
+    module = make_module(epochs=2, augment=jitter)
+    for batch in islice(module.train_dataloader(), 3):
+        module.consumed(batch)
+    resumed = make_module(epochs=2, augment=jitter)
+    resumed.load_state_dict(module.state_dict())
+    assert [as_bytes(batch) for batch in resumed.train_dataloader()] == augmented[0][3:]
+
+
+def test_prefetch_is_lowered_to_what_fits_the_memory_allowed(make_module):
+    module = make_module(num_workers=2, prefetch=8)
+    assert module.train_dataloader()._prefetch() == 8
+    module.prefetch_mb = 2 * 3 * largest_batch(module.resolution, 160) / 2**20
+    assert module.train_dataloader()._prefetch() == 3
+    batch = next(iter(module.train_dataloader()))
+    assert batch.images.patches.numel() + 5 * 8 * 160 <= largest_batch(module.resolution, 160)
 
 
 class Consume(Callback):
@@ -200,3 +273,63 @@ def test_a_run_that_reports_no_consumed_batch_is_stopped(make_module, tmp_path):
 def test_epochs_counted_by_lightning_too_are_refused(make_module, tmp_path, max_epochs):
     with pytest.raises(UserError, match=f"trainer.max_epochs={max_epochs}: expected 1"):
         fit(make_module(epochs=2), tmp_path, max_epochs=max_epochs, max_steps=50)
+
+
+def test_the_plan_changes_between_batches_only(make_module):
+    module = make_module(epochs=None, max_steps=20)
+    stream = iter(module.train_dataloader())
+    module.reweigh({"*": 1})
+    batch = next(stream)
+    for change in (partial(module.reweigh, {"*": 1}), partial(module.reprice, PRICE)):
+        with pytest.raises(RuntimeError, match="a batch is out that is not consumed yet"):
+            change()
+    module.consumed(batch)
+    module.reweigh({"*": 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"only": "overlong.jsonl"}, r"data.only=overlong.jsonl: expected a list, such as \[overlong.jsonl\]"),
+        ({"select": {"task": 3}}, r"data.select.task=3: expected a list"),
+        ({"curriculum": [{"step": 1, "shares": 3}]}, r"data.curriculum: .*expected \{step: optimizer step"),
+        ({"curriculum": [5]}, r"data.curriculum: 5: expected \{step: optimizer step"),
+        ({"augment": {"brightness": 0.1}}, r"data.augment=.*expected \{_target_: "),
+        ({"num_workers": -1}, r"data.num_workers=-1: expected 0 "),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(make_module, option, said):
+    with pytest.raises(UserError, match=said):
+        make_module(**option)
+
+
+def test_validation_says_what_it_leaves_out(make_module, shards_path, caplog):
+    module = make_module(val=[shards_path], max_tokens=40)
+    longer = Counter(row.source for row in open_shards(module.val_paths).rows if row.length(module.resolution) > 40)
+    assert longer
+    module.val_dataloader()
+    counts = ", ".join(f"{source} {count}" for source, count in sorted(longer.items()))
+    assert f"validation leaves out samples that are longer than max_tokens=40: {counts}" in caplog.text
+
+
+def test_the_first_batch_is_that_of_the_begin_wherever_the_position_is(make_module):
+    module = make_module()
+    whole = list(module.train_dataloader())
+    for batch in whole:
+        module.consumed(batch)
+    assert as_bytes(module.first_batch()) == as_bytes(whole[0])
+
+
+def test_the_facts_of_a_large_set_are_those_of_its_beginning_on_any_number_of_ranks():
+    for ranks in (1, 512):
+        facts = count_facts(Plan(Table([64] * 20_000), max_tokens=64, packs_per_batch=8, world_size=ranks, epochs=1))
+        assert facts.steps * ranks * 8 == 8192
+        assert not facts.whole
+
+
+@pytest.mark.parametrize("on_overflow", ["drop", "split"])
+def test_what_is_listed_for_a_longer_stage_is_what_was_left_out(make_module, tmp_path, on_overflow):
+    module = make_module(max_tokens=40, on_overflow=on_overflow)
+    for batch in module.train_dataloader():
+        module.consumed(batch)
+    assert module.write_overlong(tmp_path / "overlong.jsonl") == sum(module.overlong().values())

@@ -22,6 +22,7 @@ from infimed.processing.flops import (
     flops,
     mfu,
     peak_tflops,
+    prices,
     shape_of,
     six_nd,
 )
@@ -341,3 +342,12 @@ def test_it_is_plain_arithmetic(name):
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     allowed = {"__future__", "collections.abc", "dataclasses", "typing", "infimed.contracts", "infimed.processing.flops"}
     assert imported <= allowed
+
+
+@pytest.mark.parametrize("trained", SUBSETS)
+def test_prices_add_up_to_the_operations_of_tower_and_blocks(trained):
+    documents, images = [5, 40, 3], [16, 4]
+    price, work = prices(TINY, trained=trained), Work.of(documents=documents, images=images, visual_tokens=5, supervised=7)
+    counted = flops(TINY, work, trained=trained)
+    asked = {"token": sum(documents), "pair": sum(n * n for n in documents), "patch": sum(images), "patch_pair": sum(n * n for n in images)}
+    assert sum(price[name] * count for name, count in asked.items()) == counted.total - counted.head.total - counted.projector.total

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from infimed.data.shards import open_shards
 from infimed.training.callbacks.samples import card
 from tests.training.support import run, steps_of, tiny
 
@@ -35,6 +36,9 @@ def test_tensorboard_gets_the_curves_the_panel_the_configuration_and_the_final_m
         "perf/tokens_per_s",
         "perf/visual_tokens_per_s",
         "perf/data_wait",
+        "mixture/asked_squares",
+        "mixture/samples_squares",
+        "mixture/tokens_squares",
         "optim/lr_language",
         "optim/grad_norm_projector",
         "val/loss",
@@ -61,6 +65,29 @@ def test_losses_by_source_average_to_the_loss_by_their_tokens(folder):
     events = board(folder)
     whole, squares, general = (events.Scalars(f"train/{name}")[0].value for name in ("loss", "loss_squares", "loss_general"))
     assert min(squares, general) <= whole <= max(squares, general)
+
+
+def test_realised_shares_stand_beside_those_asked_for(folder):
+    events = board(folder)
+    last = {
+        kind: {name: events.Scalars(f"mixture/{kind}_{name}")[-1].value for name in ("squares", "general")}
+        for kind in ("asked", "samples", "tokens")
+    }
+    assert all(sum(shares.values()) == pytest.approx(1, abs=1e-6) for shares in last.values())
+    assert last["samples"]["squares"] == pytest.approx(last["asked"]["squares"], abs=0.2)
+
+
+def test_over_long_samples_are_counted_listed_and_taken_up_by_a_longer_stage(tiny_shards, capsys):
+    folder, lengths = tiny_shards / "short", sorted(row.text_tokens + 4 for row in open_shards([tiny_shards / "train"]).rows)
+    middle = lengths[len(lengths) // 2]
+    run(tiny(tiny_shards, folder, f"data.max_tokens={middle}", "callbacks.panel.count=0", steps=4))
+    listed = [json.loads(line) for line in (folder / "overlong.jsonl").read_text().splitlines()]
+    assert sorted(line["tokens"] for line in listed) == [length for length in lengths if length > middle]
+    assert f"{len(listed)} samples are longer than a row" in capsys.readouterr().out
+    assert any(tag.endswith("/overlong") for tag in board(folder).Tags()["scalars"])
+    longer = tiny_shards / "longer"
+    run(tiny(tiny_shards, longer, f"data.only=[{folder / 'overlong.jsonl'}]", "data.epochs=1", "max_steps=null"))
+    assert sum(line["samples"] for line in steps_of(longer)) == len(listed)
 
 
 def test_utilisation_is_the_share_of_slots_that_hold_tokens(folder):

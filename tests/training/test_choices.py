@@ -105,7 +105,7 @@ def test_bf16_weights_leave_the_rotary_frequencies_alone():
         ("model.attention=flash2", "attention=flash2 cannot run on cpu"),
         ("model.attention=flex", "attention=flex has no backward pass on a CPU"),
         ("model.loss=foo", "model.loss=foo: expected chunked, liger, full"),
-        ("data.isolate=false data.packs_per_batch=2 global_batch=2", "rows cannot share a batch"),
+        ("data.packing=tight", "packing='tight': expected one of packed, padded, unisolated, sequential"),
         ("model.projector._target_=infimed.models.projector.BlockPoolMLP ~model.projector.visual_grid +model.projector.pool=2", "pool 2"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infimed.contracts import UserError
+from infimed.data.plan import Plan
 from tests.conftest import ROOT
 from tests.training.support import SINGLE, run, run_and_cut, steps_of, tiny
 
@@ -77,6 +78,21 @@ def test_the_same_global_batch_cut_in_any_way_takes_the_same_steps(tiny_shards):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         assert norm == pytest.approx(norms[0], rel=1e-4)  # AdamW alone would hide a wrong scale
         assert all((value - weights[0][name]).abs().max() < 1e-5 for name, value in weight.items())
+
+
+def test_a_resumed_run_knows_its_length_without_planning_all_of_it_again(tiny_shards, monkeypatch):
+    overrides = tiny(tiny_shards, tiny_shards / "run")
+    run_and_cut(overrides, step=2)
+    known, length = [], Plan.__len__
+
+    def noted(plan):
+        known.extend([plan._total is not None] if plan.steps is not None else [])  # of training, not of validation
+        return length(plan)
+
+    monkeypatch.setattr(Plan, "__len__", noted)
+    run(overrides)
+    assert known
+    assert all(known)
 
 
 def test_resume_goes_on_through_a_link_and_refuses_other_options(tiny_shards):

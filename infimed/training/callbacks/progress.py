@@ -5,11 +5,12 @@ from __future__ import annotations
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from infimed.training.callbacks.faults import Faults
 from infimed.training.callbacks.throughput import Throughput
 
 
 class Progress(TQDMProgressBar):
-    """Show plain numbers that are already on the host: reading the bar never stalls a GPU."""
+    """Show plain numbers; reading the loss waits for the device, once in `refresh_rate` micro-batches."""
 
     def __init__(self, *, refresh_rate: int = 10) -> None:
         """Redraw every `refresh_rate` micro-batches."""
@@ -23,5 +24,5 @@ class Progress(TQDMProgressBar):
             shown["tok/s"] = f"{speed['perf/tokens_per_s']:,.0f}"
             shown["fill"] = f"{speed['train/pack_utilisation']:.1%}"
             shown["wait"] = f"{speed['perf/data_wait']:.0%}"
-        dropped = sum(trainer.datamodule.faults().values())
+        dropped = sum(sum(c.latest.values()) for c in trainer.callbacks if isinstance(c, Faults))
         return shown | ({"dropped": str(dropped)} if dropped else {})
