@@ -64,6 +64,7 @@ def test_training_goes_on_at_a_position_that_was_written_down(benchmark, tmp_pat
     assert found["open_s"] > 0 and found["batch_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_line_a_run_and_a_table(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--parts=memory", f"--folder={tmp_path}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
