@@ -350,9 +350,10 @@ def test_remote_tars_are_listed_by_file_folder_and_pattern(server, tmp_path):
     assert Store().list("memory://nowhere") == []
 
 
-def test_nothing_is_executed_from_a_path_and_what_is_not_installed_is_named(monkeypatch):
+def test_nothing_is_executed_from_a_path_and_what_is_not_installed_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="not run"):
-        Store().list("pipe:touch /tmp/x.tar")
+        Store().list(f"pipe:touch {tmp_path}/x.tar")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="not run"):
         Store().list("simplecache::memory://a.tar")
     monkeypatch.setitem(sys.modules, "s3fs", None)

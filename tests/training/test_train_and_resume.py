@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from infimed.contracts import UserError
 from infimed.data.plan import Plan
+from infimed.data.shards import open_shards
 from tests.conftest import ROOT
 from tests.training.support import SINGLE, run, run_and_cut, steps_of, tiny
 
@@ -135,6 +136,20 @@ def test_two_ranks_take_the_steps_of_one(tiny_shards):
     assert [line["loss"] for line in steps_of(two)] == pytest.approx([line["loss"] for line in steps_of(one)], rel=1e-5)
     expected = weights_of(one)
     assert all((value - expected[name]).abs().max() < 1e-5 for name, value in weights_of(two).items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_on_faults_ends_the_other_and_says_why(tiny_shards):
+    row = open_shards([tiny_shards / "train"]).rows[5]
+    with open(row.shard, "r+b") as file:
+        file.seek(row.members[-1].offset + 9)
+        file.write(b"\xee")
+    two_ranks = ("global_batch=2", "data.epochs=null", "trainer.devices=2", "+trainer.strategy=ddp")
+    strict = command(tiny_shards, tiny_shards / "run", *two_ranks, "data.max_fault_rate=0", "data.min_seen=1")
+    ended = subprocess.run(strict, cwd=ROOT, env=environment(), timeout=150, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "quarantine: 1 of " in ended.stderr
+    assert "/checksum: 1)" in ended.stderr
 
 
 def test_a_sweep_trains_every_point_in_a_folder_of_its_own(tiny_shards):
